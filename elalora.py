@@ -1,0 +1,484 @@
+"""ElaLoRA in one file: low-rank adapters whose ranks move to the matrices that need them.
+
+A frozen weight W0 is fine-tuned through W = W0 + s P diag(Lambda) Q. While it trains, every rank (a
+column of P, its singular value, its row of Q) is scored by its smoothed sensitivity times the
+uncertainty of that. At scheduled steps the b least important ranks of all matrices are pruned, and
+matrices whose weakest ranks still matter gain b: the sum of the ranks never changes. Needs torch
+>= 2.11 alone. Not here: a training loop (ten lines, in the README), support for sharded parameters.
+
+References
+    ElaLoRA  Chang et al. 2025, arXiv:2504.00254; all sections, equations and tables cited are its
+    AdaLoRA  Zhang et al. 2023, arXiv:2303.10512; the form P Lambda Q, its regularizer, its scores
+    PLATON   Zhang et al. 2022, arXiv:2206.12562; sensitivity times uncertainty
+
+Glossary         symbol   shape
+    base_layer   W^(0)    (d1, d2)              frozen pre-trained nn.Linear; d1 = d_out, d2 = d_in
+    P, Q         P, Q     (d1, r) and (r, d2)   left and right singular vectors
+    Lambda       Lambda   (r,)                  singular values, the diagonal of the paper's matrix
+    scaling      -        scalar                s = alpha / initial rank, constant, as in LoRA
+    I_bar        I-bar    of P, Lambda or Q     smoothed sensitivity of every weight (eq. 3)
+    U_bar        U-bar    of P, Lambda or Q     its smoothed uncertainty (eq. 3)
+    importance   S_i      (r,)                  score of every rank (eq. 2)
+    budget(t)    b^(t)    integer               ranks to prune and to add at step t (eq. 5)
+    k            k        integer               most ranks that a matrix loses or gains at a time
+
+Where the authors' released code does otherwise     here
+    P, Q ~ N(0, 0.02), far from P'P = I             orthonormal from the start (section 3.1)
+    R(P, Q) of unsquared norms                      squared, as section 3.1 writes it
+    new directions assume orthonormal old ones      orthogonal to the span of any
+    new singular values of 1e-13                    of 0, so that growing changes no output
+    an adjustment drops the optimizer's state       retained ranks keep theirs to the bit
+    a matrix at rank 1 can never grow again         it can, it only cannot shrink
+    a threshold chooses ranks, ties change the sum  stable, exact; step 4 picks among the retained
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+RANK_DIM = {"P": 1, "Lambda": 0, "Q": 0}  # the dimension of each factor that counts ranks
+
+
+# ---- Section 3.1: SVD-based low-rank adaptation ----
+
+class SVDLinear(nn.Module):
+    """A frozen linear layer and its low-rank update, y = W0 x + s P (Lambda * (Q x)) (section 3.1).
+
+    P and Q start orthonormal, Lambda at 0; all are float32, and y has the dtype of the base's output.
+    base_layer, of weight (d_out, d_in), is frozen and only ever called, so a quantized nn.Linear will
+    do. scaling is alpha / rank, also when the rank has changed; dropout acts on x before Q. Raises
+    ValueError if base_layer is no nn.Linear, or rank is not in 1..min(d_out, d_in).
+    """
+
+    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0):
+        super().__init__()
+        if not isinstance(base_layer, nn.Linear):
+            raise ValueError(f"base_layer must be an nn.Linear, not a {type(base_layer).__name__}")
+        _check_rank(rank, base_layer, str(base_layer))
+        if not alpha > 0:
+            raise ValueError(f"alpha must be positive, got {alpha!r}")
+        d_out, d_in = base_layer.out_features, base_layer.in_features
+        device = base_layer.weight.device
+        # Drawn on the CPU and moved, so that one seed starts alike on every device.
+        self.P = nn.Parameter(nn.init.orthogonal_(torch.empty(d_out, rank).float()).to(device))
+        self.Lambda = nn.Parameter(torch.zeros(rank, dtype=torch.float32, device=device))
+        self.Q = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, d_in).float()).to(device))
+        self.dropout = nn.Dropout(dropout)
+        self.scaling = float(alpha / rank)
+        self.base_layer = base_layer.requires_grad_(False)
+
+    @property
+    def rank(self) -> int:
+        """The present number of ranks, r."""
+        return self.Lambda.numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)  # (..., d_out)
+        h = linear(self.dropout(x).to(self.Q.dtype), self.Q)  # (..., r)
+        return y + linear(h * (self.scaling * self.Lambda), self.P).to(y.dtype)
+
+    def delta_weight(self) -> Tensor:
+        """The update s P diag(Lambda) Q of the weight, (d_out, d_in)."""
+        return (self.P * (self.scaling * self.Lambda)) @ self.Q
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}"
+
+
+def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[str, int],
+           alpha: float = 16.0, dropout: float = 0.0,
+           modules_to_save: Sequence[str] = ()) -> nn.Module:
+    """Freezes a model and wraps the linear layers named in SVDLinear, in place; returns the model.
+
+    Args:
+        target_modules: names of the layers to adapt. They match by whole components from the right:
+            "output.dense" matches "layer.0.output.dense", and "k" never matches "block".
+        rank: initial rank of all, or a map from full module names, as RankAllocator.ranks() gives.
+        alpha: scaling is alpha / rank; with a map alpha / its mean, the same for all layers.
+        dropout: as in SVDLinear.
+        modules_to_save: names of modules to train in full and to save, a new head for example.
+    Raises:
+        ValueError: before any change, if a name matches nothing, a target is no nn.Linear or in a
+            saved module, a rank is out of range, the map misses a target, or it was injected before.
+    """
+    if any(isinstance(module, SVDLinear) for module in model.modules()):
+        raise ValueError("the model is adapted already; merge() it or load it anew")
+    targets = _matching(model, target_modules, "target_modules")
+    saved = _matching(model, modules_to_save, "modules_to_save")
+    for name, module in targets.items():
+        if not isinstance(module, nn.Linear):
+            kind = type(module).__name__
+            raise ValueError(f"{name!r} is no nn.Linear but a {kind}; {_linear_names(model)}")
+        if any(module is part for root in saved.values() for part in root.modules()):
+            raise ValueError(f"{name!r} would be both adapted and saved; name it in one list only")
+    ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
+    if not targets or ranks.keys() != targets.keys():
+        wrong = sorted(ranks.keys() ^ targets.keys())
+        raise ValueError(f"targets and rank map differ by {wrong}; {_linear_names(model)}")
+    for name, module in targets.items():
+        _check_rank(ranks[name], module, repr(name))
+    new = {m: SVDLinear(m, ranks[name], alpha, dropout) for name, m in targets.items()}
+    model.requires_grad_(False)
+    for layer in new.values():
+        layer.scaling = float(alpha * len(ranks) / sum(ranks.values()))
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in new:  # wherever it stands, so that a shared layer stays shared
+            model.set_submodule(name, new[module])
+    for module in saved.values():
+        module.requires_grad_(True)
+        module.elalora_saved = True  # a mark that outlives wrapping and renaming
+    return model
+
+
+def _check_rank(rank: int, layer: nn.Linear, name: str) -> None:
+    limit = min(layer.out_features, layer.in_features)
+    if not isinstance(rank, int) or not 1 <= rank <= limit:
+        raise ValueError(f"the rank of {name} must be an integer in 1..{limit}, got {rank!r}")
+
+
+def _matching(model: nn.Module, names: Sequence[str], argument: str) -> dict[str, nn.Module]:
+    if isinstance(names, str):
+        raise ValueError(f"{argument} must be a list of names, got the string {names!r}")
+    found = {}
+    for wanted in names:
+        matches = {n: m for n, m in model.named_modules() if n and f".{n}".endswith(f".{wanted}")}
+        if not matches:
+            raise ValueError(f"{argument}: {wanted!r} matches no module; {_linear_names(model)}")
+        found |= matches
+    return found
+
+
+def _linear_names(model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return f"linear layers are {', '.join(names[:8]) or 'absent'}{', ...' * (len(names) > 8)}"
+
+
+def _adapted(model: nn.Module) -> dict[str, SVDLinear]:
+    layers = {n: module for n, module in model.named_modules() if isinstance(module, SVDLinear)}
+    if not layers:
+        raise ValueError("the model has no SVDLinear; call inject(model, ...) first")
+    return layers
+
+
+def orthogonality_penalty(model: nn.Module) -> Tensor:
+    """Mean of R(P, Q) = |P'P - I|_F^2 + |QQ' - I|_F^2 over the adapted matrices (section 3.1)."""
+    layers = _adapted(model).values()
+    terms = []
+    for rows in [factor for layer in layers for factor in (layer.P.T, layer.Q)]:  # (r, d)
+        identity = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        terms.append((rows @ rows.T - identity).square().sum())
+    return torch.stack(terms).sum() / len(layers)
+
+
+# ---- Section 3.2: importance scores ----
+
+@torch.no_grad()
+def update_averages(parameters: Sequence[Tensor], averages: Mapping[Tensor, Mapping[str, Tensor]],
+                    beta1: float, beta2: float) -> None:
+    """Eq. 1 and 3: w and w.grad update averages[w]["I_bar"] and ["U_bar"], float32 and shaped as w.
+
+    None is updated if any sensitivity is not finite.
+    """
+    I = torch._foreach_mul([w.float() for w in parameters], [w.grad.float() for w in parameters])
+    torch._foreach_abs_(I)  # eq. 1: I = |w dL/dw|
+    if not torch.stack(torch._foreach_norm(I, ord=math.inf)).isfinite().all():
+        return
+    I_bar, U_bar = ([averages[w][key] for w in parameters] for key in ("I_bar", "U_bar"))
+    torch._foreach_lerp_(I_bar, I, 1 - beta1)  # eq. 3: beta1 I_bar + (1 - beta1) I
+    deviation = torch._foreach_sub(I, I_bar)
+    torch._foreach_abs_(deviation)
+    torch._foreach_lerp_(U_bar, deviation, 1 - beta2)  # beta2 U_bar + (1 - beta2) |I - I_bar|
+
+
+# ---- Section 3.3: dynamic rank learning ----
+
+def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], k: int,
+           b: int) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Steps 1-4 of section 3.3: which ranks go, and how many each matrix gains. A pure function.
+
+    As many come as go: the most, up to b, that leave every rank in 1..max_ranks. A matrix loses at
+    most k and gains at most k. Ties go by the order of the matrices, then by index. From the scores
+    S_i of every matrix to the ascending indices to prune, and the numbers to add, per matrix.
+    """
+    candidates, prunable = [], []
+    for order, (name, S) in enumerate(scores.items()):
+        ascending = sorted((S[i], order, i, name) for i in range(len(S)))
+        candidates += ascending[:k]  # step 1: the k least important ranks of each matrix
+        prunable += ascending[: min(k, len(S) - 1)]
+    candidates.sort()  # step 2: sort them across all matrices
+    prunable.sort()
+    for n in range(min(b, len(prunable)), 0, -1):
+        pruned: dict[str, list[int]] = {}
+        for _, _, i, name in prunable[:n]:  # step 3: prune the n least important
+            pruned[name] = sorted([*pruned.get(name, []), i])
+        expanded: dict[str, int] = {}
+        for _, _, i, name in reversed(candidates):  # step 4: expand where the retained matter most
+            rank = len(scores[name]) - len(pruned.get(name, [])) + expanded.get(name, 0)
+            if i not in pruned.get(name, []) and rank < max_ranks[name]:
+                expanded[name] = expanded.get(name, 0) + 1
+                if sum(expanded.values()) == n:
+                    return pruned, expanded
+    return {}, {}
+
+
+def new_directions(present: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Algorithm 1's Gram-Schmidt: n random orthonormal columns orthogonal to the present ones.
+
+    The first columns of the QR factor of [present, random] span whatever present spans, orthonormal
+    or not. In float64 on the CPU, where the generator lives. present: (d, r), n <= d - r -> (d, n).
+    """
+    random = torch.randn(len(present), n, dtype=torch.float64, generator=generator)
+    orthonormal, _ = torch.linalg.qr(torch.cat([present.cpu().double(), random], dim=1))
+    return orthonormal[:, present.shape[1] :].to(present)
+
+
+@torch.no_grad()
+def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.Generator,
+           states: Sequence[Mapping[Tensor, dict]]) -> None:
+    """Keeps the given ranks of a layer, in that order, and appends n_new of singular value 0.
+
+    The Parameters stay the same objects. What the states (optimizer.state and its like) hold for
+    them moves along to the bit, and is 0 for new ranks: with Adam's old step count, their updates
+    are then up to 6.5 times as long at first, and they catch up. (On planted ranks, a start from the
+    mean second moment left 1.3 to 1.7 times the residual.) Raises ValueError, before any change, if
+    a state tensor that is no scalar has another shape than its parameter.
+    """
+    factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
+    held = [(w, state[w], key) for w in factors for state in states for key in state.get(w, {})]
+    held = [(w, slots, key) for w, slots, key in held if getattr(slots[key], "ndim", 0)]
+    for w, slots, key in held:
+        if slots[key].shape != w.shape:
+            raise ValueError(f"the optimizer keeps {key!r} as {list(slots[key].shape)} for a parameter "
+                             f"of {list(w.shape)}; take one that keeps like shapes, as AdamW")
+    index = torch.tensor(keep, device=layer.Lambda.device)
+    new_P = new_directions(layer.P[:, index], n_new, generator)
+    new_Q = new_directions(layer.Q[index].T, n_new, generator).T
+    new = dict(zip(factors, (new_P, new_P.new_zeros(n_new), new_Q)))
+    for w, slots, key in held:
+        zeros = torch.zeros_like(new[w], dtype=slots[key].dtype)
+        slots[key] = torch.cat([slots[key].index_select(factors[w], index), zeros], factors[w])
+    for w, dim in factors.items():
+        w.grad = None  # of the old shape
+        # Not through .data: the next backward would fail while a graph of before is alive.
+        w.set_(torch.cat([w.index_select(dim, index), new[w]], dim))
+
+
+# ---- Section 3.4: dynamic rank scheduler ----
+
+SHAPES = {  # progress P in 0..1 -> share of b
+    "cubic": lambda P: 1 - P**3,  # eq. 5
+    "linear": lambda P: 1 - P,
+    "exponential": lambda P: (math.exp(-5 * P) - math.exp(-5)) / (1 - math.exp(-5)),
+    "constant": lambda P: 1,
+}
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """The three phases (section 3.3) and b^(t) (section 3.4), in optimizer steps counted from 1.
+
+    Raises ValueError if a number is out of range or the phases leave no step between them.
+    """
+
+    total_steps: int
+    warmup_steps: int  # ranks stay as they are in these first ...
+    stabilize_steps: int  # ... and these last steps
+    adjust_interval: int  # the first adjustment is at warmup_steps + adjust_interval
+    b: int  # ranks that the first adjustments prune and add; 0 for none ever
+    shape: str = "cubic"
+
+    def __post_init__(self) -> None:
+        least = dict(total_steps=1, warmup_steps=0, stabilize_steps=0, adjust_interval=1, b=0)
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+        if self.warmup_steps >= self.search_end:
+            raise ValueError(f"warmup_steps {self.warmup_steps} + stabilize_steps "
+                             f"{self.stabilize_steps} must be less than total_steps {self.total_steps}")
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+
+    @property
+    def search_end(self) -> int:
+        """The last step at which ranks may move."""
+        return self.total_steps - self.stabilize_steps
+
+    def budget(self, step: int) -> int:
+        """b^(t) of eq. 4 and 5 at an adjustment step, 0 at any other."""
+        searched = step - self.warmup_steps
+        if searched <= 0 or step > self.search_end or searched % self.adjust_interval:
+            return 0
+        P = Fraction(searched, self.search_end - self.warmup_steps)  # exact, so that ties are ties
+        return round(self.b * SHAPES[self.shape](P))
+
+
+# ---- Algorithm 1 ----
+
+@dataclass(frozen=True)
+class Adjustment:
+    """What one adjustment did."""
+
+    step: int
+    b: int  # b^(t); fewer ranks move only where fewer can
+    pruned: dict[str, list[int]]  # module name -> indices that the removed ranks had
+    expanded: dict[str, int]  # module name -> number of ranks added
+
+
+class RankAllocator:
+    """Algorithm 1: moves ranks between the matrices of a model, after inject(), while it trains.
+
+    The optimizer must keep state in the shape of its parameters, as Adam does. A matrix loses and
+    gains at most k ranks at a time. beta1 and beta2 smooth sensitivity and uncertainty (eq. 3). seed
+    is that of the new directions; the global random state is never touched. Raises ValueError if a
+    number is out of range or the optimizer does not hold every adapter.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
+                 k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0):
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"k must be an integer >= 1, got {k!r}")
+        if not (0 < beta1 < 1 and 0 < beta2 < 1):
+            raise ValueError(f"beta1 and beta2 must be in (0, 1), got {beta1!r} and {beta2!r}")
+        self.layers = _adapted(model)
+        self.optimizer, self.schedule, self.k = optimizer, schedule, k
+        self.beta1, self.beta2 = beta1, beta2
+        held = {w for group in optimizer.param_groups for w in group["params"]}
+        self.factors = {f"{name}.{factor}": getattr(layer, factor)
+                        for name, layer in self.layers.items() for factor in RANK_DIM}
+        self.averages = {}  # parameter -> name -> tensor, like optimizer.state
+        for name, w in self.factors.items():
+            if w not in held:
+                raise ValueError(f"the optimizer does not hold {name!r}; make it after inject()")
+            zeros = torch.zeros_like(w, dtype=torch.float32)
+            self.averages[w] = {"I_bar": zeros, "U_bar": zeros.clone()}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.t = 0
+
+    def step(self) -> Adjustment | None:
+        """One turn of Algorithm 1's loop, after optimizer.step() and before zero_grad().
+
+        Returns what was adjusted, if anything. Raises ValueError if there are no gradients to score.
+        """
+        if self.t < self.schedule.search_end:
+            scored = [w for w in self.factors.values() if w.grad is not None]
+            if not scored:
+                raise ValueError("no gradients: step() belongs between backward() and zero_grad()")
+            update_averages(scored, self.averages, self.beta1, self.beta2)
+        self.t += 1
+        b = self.schedule.budget(self.t)
+        if b == 0:
+            return None
+        S = iter(torch.cat(list(self.importance().values())).tolist())  # one transfer for all
+        scores = {n: [next(S) for _ in range(layer.rank)] for n, layer in self.layers.items()}
+        max_ranks = {n: min(len(layer.P), layer.Q.shape[1]) for n, layer in self.layers.items()}
+        pruned, expanded = select(scores, max_ranks, self.k, b)
+        for name, layer in self.layers.items():
+            if name in pruned or name in expanded:
+                keep = [i for i in range(layer.rank) if i not in pruned.get(name, [])]
+                states = (self.optimizer.state, self.averages)
+                resize(layer, keep, expanded.get(name, 0), self.generator, states)
+        return Adjustment(self.t, b, pruned, expanded)
+
+    def importance(self) -> dict[str, Tensor]:
+        """Module name -> S_i of its ranks, (rank,), float32 (eq. 2 and 3)."""
+        S = {}
+        for name, layer in self.layers.items():
+            averages = [self.averages[w] for w in (layer.P, layer.Lambda, layer.Q)]
+            s_P, s_Lambda, s_Q = (a["I_bar"] * a["U_bar"] for a in averages)  # eq. 3
+            S[name] = s_Lambda + s_P.mean(dim=0) + s_Q.mean(dim=1)  # eq. 2
+        return S
+
+    def ranks(self) -> dict[str, int]:
+        """Module name -> present rank, a map that inject() takes."""
+        return {name: layer.rank for name, layer in self.layers.items()}
+
+    def state_dict(self) -> dict:
+        """Step, averages and random state; torch.load(weights_only=True) reads them back."""
+        averages = {name: {key: average.clone() for key, average in self.averages[w].items()}
+                    for name, w in self.factors.items()}
+        return {"step": self.t, "averages": averages, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Restores state_dict(), after load_adapter_state_dict() has restored the ranks.
+
+        Raises ValueError, and changes nothing, if the state is of other modules or other ranks.
+        """
+        given = {name: average["I_bar"].shape for name, average in state["averages"].items()}
+        needed = {name: w.shape for name, w in self.factors.items()}
+        if wrong := sorted(dict(given.items() ^ needed.items())):
+            raise ValueError(f"the state does not fit the model at {wrong[0]!r}; restore the ranks "
+                             f"saved with it by load_adapter_state_dict() first")
+        for name, w in self.factors.items():
+            self.averages[w] = {key: average.to(w.device, torch.float32, copy=True)
+                                for key, average in state["averages"][name].items()}
+        self.generator.set_state(state["generator"].cpu())
+        self.t = state["step"]
+
+
+# ---- After training ----
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Adds every update to its base weight and puts the plain nn.Linear back, in place.
+
+    Returns the model (its base layer, if it is itself an SVDLinear). Raises ValueError, and changes
+    nothing, if nothing is adapted or a weight is not floating point, as quantized ones.
+    """
+    layers = _adapted(model)
+    for name, layer in layers.items():
+        if not (dtype := layer.base_layer.weight.dtype).is_floating_point:
+            raise ValueError(f"{name!r} has a weight of {dtype}; dequantize it before merging")
+    for layer in layers.values():
+        weight = layer.base_layer.weight
+        merged = (weight.to(layer.P.dtype) + layer.delta_weight()).to(weight.dtype)
+        # A new Parameter, as other modules (tied embeddings) may hold the old one.
+        layer.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, SVDLinear) and name:
+            model.set_submodule(name, module.base_layer)
+    return model.base_layer if isinstance(model, SVDLinear) else model
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of NAME.P, .Lambda, .Q, .scaling of every adapted module, and all of modules_to_save."""
+    state = {}
+    for name, layer in _adapted(model).items():
+        state |= {f"{name}.{factor}": getattr(layer, factor) for factor in RANK_DIM}
+        state[f"{name}.scaling"] = torch.tensor(layer.scaling, dtype=torch.float64)
+    for name, module in model.named_modules():
+        if getattr(module, "elalora_saved", False):
+            state |= module.state_dict(prefix=f"{name}.")
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+@torch.no_grad()
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Restores adapter_state_dict() into a model with the same modules injected, at any ranks.
+
+    The Parameters stay the same objects; optimizer and allocator must then load their own states.
+    Raises ValueError, and changes nothing, if a tensor is missing, unknown or misshapen.
+    """
+    layers, present = _adapted(model), adapter_state_dict(model)
+    if wrong := sorted(present.keys() ^ state.keys()):
+        raise ValueError(f"missing in the state, or unknown to the model: {', '.join(wrong[:8])}")
+    for key, value in present.items():
+        shape, (name, _, factor) = list(value.shape), key.rpartition(".")
+        if name in layers and factor in RANK_DIM:
+            shape[RANK_DIM[factor]] = state[f"{name}.Lambda"].numel()
+        if list(state[key].shape) != shape:
+            raise ValueError(f"{key} has shape {list(state[key].shape)}, the model needs {shape}")
+    for name, layer in layers.items():
+        layer.scaling = float(state[f"{name}.scaling"])
+        for factor in RANK_DIM:
+            w = getattr(layer, factor)
+            w.grad = None
+            w.set_(state[f"{name}.{factor}"].to(w, copy=True))
+    for name, module in model.named_modules():
+        if getattr(module, "elalora_saved", False):
+            module.load_state_dict({key: state[f"{name}.{key}"] for key in module.state_dict()})
