@@ -16,8 +16,7 @@ Glossary         symbol   shape
     P, Q         P, Q     (d1, r) and (r, d2)   left and right singular vectors
     Lambda       Lambda   (r,)                  singular values, the diagonal of the paper's matrix
     scaling      -        scalar                s = alpha / initial rank, constant, as in LoRA
-    I_bar        I-bar    of P, Lambda or Q     smoothed sensitivity of every weight (eq. 3)
-    U_bar        U-bar    of P, Lambda or Q     its smoothed uncertainty (eq. 3)
+    I_bar, U_bar I, U-bar of P, Lambda or Q     smoothed sensitivity, uncertainty per weight (eq. 3)
     importance   S_i      (r,)                  score of every rank (eq. 2)
     budget(t)    b^(t)    integer               ranks to prune and to add at step t (eq. 5)
     k            k        integer               most ranks that a matrix loses or gains at a time
@@ -39,7 +38,6 @@ from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 RANK_DIM = {"P": 1, "Lambda": 0, "Q": 0}  # the dimension of each factor that counts ranks
 
@@ -49,10 +47,10 @@ RANK_DIM = {"P": 1, "Lambda": 0, "Q": 0}  # the dimension of each factor that co
 class SVDLinear(nn.Module):
     """A frozen linear layer and its low-rank update, y = W0 x + s P (Lambda * (Q x)) (section 3.1).
 
-    P and Q start orthonormal, Lambda at 0; all are float32, and y has the dtype of the base's output.
-    base_layer, of weight (d_out, d_in), is frozen and only ever called, so a quantized nn.Linear will
-    do. scaling is alpha / rank, also when the rank has changed; dropout acts on x before Q. Raises
-    ValueError if base_layer is no nn.Linear, or rank is not in 1..min(d_out, d_in).
+    P and Q start orthonormal, Lambda at 0, all in float32; y has the dtype of the base's output. The
+    base, of weight (d_out, d_in), is frozen and only ever called, so a quantized nn.Linear will do.
+    scaling is alpha / rank, also when the rank has changed; dropout acts on x before Q. Raises
+    ValueError if base_layer is no nn.Linear or the rank is not in 1..min(d_out, d_in).
     """
 
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0):
@@ -79,8 +77,9 @@ class SVDLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., d_out)
-        h = linear(self.dropout(x).to(self.Q.dtype), self.Q)  # (..., r)
-        return y + linear(h * (self.scaling * self.Lambda), self.P).to(y.dtype)
+        h = nn.functional.linear(self.dropout(x).to(self.Q.dtype), self.Q)  # (..., r)
+        h = h * (self.scaling * self.Lambda)
+        return y + nn.functional.linear(h, self.P).to(y.dtype)
 
     def delta_weight(self) -> Tensor:
         """The update s P diag(Lambda) Q of the weight, (d_out, d_in)."""
@@ -93,18 +92,14 @@ class SVDLinear(nn.Module):
 def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[str, int],
            alpha: float = 16.0, dropout: float = 0.0,
            modules_to_save: Sequence[str] = ()) -> nn.Module:
-    """Freezes a model and wraps the linear layers named in SVDLinear, in place; returns the model.
+    """Freezes a model and wraps its linear layers of the given names in SVDLinear; returns the model.
 
-    Args:
-        target_modules: names of the layers to adapt. They match by whole components from the right:
-            "output.dense" matches "layer.0.output.dense", and "k" never matches "block".
-        rank: initial rank of all, or a map from full module names, as RankAllocator.ranks() gives.
-        alpha: scaling is alpha / rank; with a map alpha / its mean, the same for all layers.
-        dropout: as in SVDLinear.
-        modules_to_save: names of modules to train in full and to save, a new head for example.
-    Raises:
-        ValueError: before any change, if a name matches nothing, a target is no nn.Linear or in a
-            saved module, a rank is out of range, the map misses a target, or it was injected before.
+    Names match by whole components from the right: "output.dense" matches "layer.0.output.dense", "k"
+    never matches "block". rank is that of all, or a map from full module names, as
+    RankAllocator.ranks() gives; scaling is alpha / the mean rank, the same for all. modules_to_save,
+    a new head for example, are trained in full. Raises ValueError, before any change, if a name
+    matches nothing, a target is no nn.Linear or in a saved module, a rank is out of range, a map
+    names other modules than the targets, or the model is adapted already.
     """
     if any(isinstance(module, SVDLinear) for module in model.modules()):
         raise ValueError("the model is adapted already; merge() it or load it anew")
@@ -112,14 +107,12 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
     saved = _matching(model, modules_to_save, "modules_to_save")
     for name, module in targets.items():
         if not isinstance(module, nn.Linear):
-            kind = type(module).__name__
-            raise ValueError(f"{name!r} is no nn.Linear but a {kind}; {_linear_names(model)}")
+            raise ValueError(f"{name!r} is no nn.Linear; {_linear_names(model)}")
         if any(module is part for root in saved.values() for part in root.modules()):
             raise ValueError(f"{name!r} would be both adapted and saved; name it in one list only")
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
     if not targets or ranks.keys() != targets.keys():
-        wrong = sorted(ranks.keys() ^ targets.keys())
-        raise ValueError(f"targets and rank map differ by {wrong}; {_linear_names(model)}")
+        raise ValueError(f"targets and the rank map's names differ: {sorted(ranks.keys() ^ targets)}")
     for name, module in targets.items():
         _check_rank(ranks[name], module, repr(name))
     new = {m: SVDLinear(m, ranks[name], alpha, dropout) for name, m in targets.items()}
@@ -180,14 +173,11 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
 @torch.no_grad()
 def update_averages(parameters: Sequence[Tensor], averages: Mapping[Tensor, Mapping[str, Tensor]],
                     beta1: float, beta2: float) -> None:
-    """Eq. 1 and 3: w and w.grad update averages[w]["I_bar"] and ["U_bar"], float32 and shaped as w.
-
-    None is updated if any sensitivity is not finite.
-    """
+    """Eq. 1 and 3: w and w.grad update averages[w]["I_bar"] and ["U_bar"], of w's shape, in float32."""
     I = torch._foreach_mul([w.float() for w in parameters], [w.grad.float() for w in parameters])
     torch._foreach_abs_(I)  # eq. 1: I = |w dL/dw|
     if not torch.stack(torch._foreach_norm(I, ord=math.inf)).isfinite().all():
-        return
+        return  # a step that overflowed tells nothing
     I_bar, U_bar = ([averages[w][key] for w in parameters] for key in ("I_bar", "U_bar"))
     torch._foreach_lerp_(I_bar, I, 1 - beta1)  # eq. 3: beta1 I_bar + (1 - beta1) I
     deviation = torch._foreach_sub(I, I_bar)
@@ -243,18 +233,18 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     """Keeps the given ranks of a layer, in that order, and appends n_new of singular value 0.
 
     The Parameters stay the same objects. What the states (optimizer.state and its like) hold for
-    them moves along to the bit, and is 0 for new ranks: with Adam's old step count, their updates
-    are then up to 6.5 times as long at first, and they catch up. (On planted ranks, a start from the
-    mean second moment left 1.3 to 1.7 times the residual.) Raises ValueError, before any change, if
-    a state tensor that is no scalar has another shape than its parameter.
+    them moves along to the bit, and is 0 for new ranks: under Adam's old step count their first
+    updates are up to 6.5 times as long, and they catch up. (On planted ranks, starting from the mean
+    second moment left 1.3 to 1.7 times the residual.) Raises ValueError, before any change, if a
+    state tensor is neither a scalar nor of its parameter's shape.
     """
     factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
     held = [(w, state[w], key) for w in factors for state in states for key in state.get(w, {})]
     held = [(w, slots, key) for w, slots, key in held if getattr(slots[key], "ndim", 0)]
     for w, slots, key in held:
         if slots[key].shape != w.shape:
-            raise ValueError(f"the optimizer keeps {key!r} as {list(slots[key].shape)} for a parameter "
-                             f"of {list(w.shape)}; take one that keeps like shapes, as AdamW")
+            raise ValueError(f"the optimizer's {key!r} has shape {list(slots[key].shape)}, its parameter "
+                             f"{list(w.shape)}; take one whose shapes agree, such as AdamW")
     index = torch.tensor(keep, device=layer.Lambda.device)
     new_P = new_directions(layer.P[:, index], n_new, generator)
     new_Q = new_directions(layer.Q[index].T, n_new, generator).T
@@ -280,10 +270,7 @@ SHAPES = {  # progress P in 0..1 -> share of b
 
 @dataclass(frozen=True)
 class RankSchedule:
-    """The three phases (section 3.3) and b^(t) (section 3.4), in optimizer steps counted from 1.
-
-    Raises ValueError if a number is out of range or the phases leave no step between them.
-    """
+    """The phases of section 3.3 and b^(t) of 3.4, in optimizer steps; ValueError if inconsistent."""
 
     total_steps: int
     warmup_steps: int  # ranks stay as they are in these first ...
@@ -299,8 +286,7 @@ class RankSchedule:
             if not isinstance(value, int) or value < minimum:
                 raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
         if self.warmup_steps >= self.search_end:
-            raise ValueError(f"warmup_steps {self.warmup_steps} + stabilize_steps "
-                             f"{self.stabilize_steps} must be less than total_steps {self.total_steps}")
+            raise ValueError(f"warmup_steps + stabilize_steps must be < total_steps, got {self}")
         if self.shape not in SHAPES:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
 
@@ -325,18 +311,18 @@ class Adjustment:
     """What one adjustment did."""
 
     step: int
-    b: int  # b^(t); fewer ranks move only where fewer can
+    b: int  # b^(t); fewer ranks than that move only where fewer can
     pruned: dict[str, list[int]]  # module name -> indices that the removed ranks had
     expanded: dict[str, int]  # module name -> number of ranks added
 
 
 class RankAllocator:
-    """Algorithm 1: moves ranks between the matrices of a model, after inject(), while it trains.
+    """Algorithm 1: moves ranks between the matrices of an injected model while it trains.
 
-    The optimizer must keep state in the shape of its parameters, as Adam does. A matrix loses and
-    gains at most k ranks at a time. beta1 and beta2 smooth sensitivity and uncertainty (eq. 3). seed
-    is that of the new directions; the global random state is never touched. Raises ValueError if a
-    number is out of range or the optimizer does not hold every adapter.
+    The optimizer must keep its state in its parameters' shapes, as Adam does. A matrix loses and
+    gains at most k ranks at a time. beta1, beta2 smooth sensitivity, uncertainty (eq. 3). The seed
+    is for new directions; the global random state is never touched. Raises ValueError if a number
+    is out of range or the optimizer does not hold every adapter.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
@@ -361,10 +347,8 @@ class RankAllocator:
         self.t = 0
 
     def step(self) -> Adjustment | None:
-        """One turn of Algorithm 1's loop, after optimizer.step() and before zero_grad().
-
-        Returns what was adjusted, if anything. Raises ValueError if there are no gradients to score.
-        """
+        """One turn of Algorithm 1's loop, after optimizer.step() and before zero_grad(): returns what
+        was adjusted, if anything. Raises ValueError if there is no gradient where scores need one."""
         if self.t < self.schedule.search_end:
             scored = [w for w in self.factors.values() if w.grad is not None]
             if not scored:
@@ -405,15 +389,12 @@ class RankAllocator:
         return {"step": self.t, "averages": averages, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Restores state_dict(), after load_adapter_state_dict() has restored the ranks.
-
-        Raises ValueError, and changes nothing, if the state is of other modules or other ranks.
-        """
+        """Restores state_dict(), once load_adapter_state_dict() has restored the ranks. Raises
+        ValueError, and changes nothing, if modules or ranks differ."""
         given = {name: average["I_bar"].shape for name, average in state["averages"].items()}
         needed = {name: w.shape for name, w in self.factors.items()}
         if wrong := sorted(dict(given.items() ^ needed.items())):
-            raise ValueError(f"the state does not fit the model at {wrong[0]!r}; restore the ranks "
-                             f"saved with it by load_adapter_state_dict() first")
+            raise ValueError(f"{wrong[0]!r} differs in shape; call load_adapter_state_dict() first")
         for name, w in self.factors.items():
             self.averages[w] = {key: average.to(w.device, torch.float32, copy=True)
                                 for key, average in state["averages"][name].items()}
@@ -425,10 +406,9 @@ class RankAllocator:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Adds every update to its base weight and puts the plain nn.Linear back, in place.
+    """Adds every update to its base weight and puts the plain nn.Linear back; returns the model.
 
-    Returns the model (its base layer, if it is itself an SVDLinear). Raises ValueError, and changes
-    nothing, if nothing is adapted or a weight is not floating point, as quantized ones.
+    Raises ValueError, before any change, if a weight is not floating point (quantized, that is).
     """
     layers = _adapted(model)
     for name, layer in layers.items():
@@ -442,11 +422,12 @@ def merge(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, SVDLinear) and name:
             model.set_submodule(name, module.base_layer)
+        module.__dict__.pop("elalora_saved", None)
     return model.base_layer if isinstance(model, SVDLinear) else model
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of NAME.P, .Lambda, .Q, .scaling of every adapted module, and all of modules_to_save."""
+    """Copies of P, Lambda, Q, scaling of every adapted module, and all of every module_to_save."""
     state = {}
     for name, layer in _adapted(model).items():
         state |= {f"{name}.{factor}": getattr(layer, factor) for factor in RANK_DIM}
@@ -461,8 +442,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Restores adapter_state_dict() into a model with the same modules injected, at any ranks.
 
-    The Parameters stay the same objects; optimizer and allocator must then load their own states.
-    Raises ValueError, and changes nothing, if a tensor is missing, unknown or misshapen.
+    The Parameters stay the same objects; optimizer and allocator must load their own states next.
+    Raises ValueError, before any change, if a tensor is missing, unknown or misshapen.
     """
     layers, present = _adapted(model), adapter_state_dict(model)
     if wrong := sorted(present.keys() ^ state.keys()):

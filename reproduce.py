@@ -1,685 +1,503 @@
-"""Runs ElaLoRA: on a problem whose answer is known, or on GLUE with a pre-trained encoder as the paper does.
+"""Runs ElaLoRA on a problem whose answer is known, or on GLUE with a pre-trained encoder.
 
-    python reproduce.py                           # planted ranks: no network, under a minute on two cores
-    python reproduce.py --task mrpc --rank 4      # DeBERTaV3-base on MRPC, Table 7's schedule
-    python reproduce.py --task rte --rank 2 4 --seeds 0 1 2 --model bert-base-uncased --data-dir GLUE
+    python reproduce.py                        # planted ranks: no network, a minute on two cores
+    python reproduce.py --task mrpc --rank 4   # DeBERTaV3-base on MRPC, on Table 7's schedule
 
-Every run writes OUTPUT_DIR/TASK-elalora-rRANK-sSEED/ with results.json, ranks.png (as the paper's Figure 2),
-importance.png (as Figure 5) and adapter.safetensors. `python reproduce.py --help` documents every argument.
-
-Tables, figures and sections are those of Chang et al. 2025, arXiv:2504.00254. What the paper leaves open: linear
-warm-up of the learning rate over 10% of the run and linear decay to 0, gradients clipped to norm 1, no weight
-decay, at most 256 tokens, the model's own dropout, alpha = 16, penalty weight 0.1, beta1 = beta2 = 0.85.
+A run writes OUTPUT_DIR/TASK-elalora-rRANK-sSEED/: results.json, ranks.png (as Figure 2),
+importance.png (as Figure 5), adapter.safetensors. Tables, figures, equations: Chang et al. 2025,
+arXiv:2504.00254. Where it is silent: the learning rate rises for 10% of the run and falls to 0,
+linearly; gradients are clipped to norm 1; no weight decay; texts are cut at 256 tokens; dropout is
+the model's own; the orthogonality penalty weighs 0.1.
 """
 
-import argparse
+import csv
 import functools
 import json
 import math
 import os
-import platform
 import re
 import statistics
 import sys
 import time
+from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
+from collections import namedtuple
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import datasets
+import safetensors.torch
+import scipy.stats
+import sklearn.metrics
 import torch
+import tqdm
+import transformers
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import elalora
 
-METHOD = "elalora"
-DEBERTA = "microsoft/deberta-v3-base"
-HUB_DATASET = "nyu-mll/glue"
-PENALTY_WEIGHT = 0.1
-MAX_LENGTH = 256
+DEBERTA, GLUE = "microsoft/deberta-v3-base", "nyu-mll/glue"
+PENALTY_WEIGHT, MAX_TOKENS = 0.1, 256
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class InputError(ValueError):
-    """Something the user gave does not fit; `main` prints it in one line and exits with code 2."""
+# ---- Table 7, and ElaLoRA's row of Table 2 in percent ----
 
-
-# ---------------------------------------------------------------- hyperparameters
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One row of Table 7; phases in optimizer steps, b and k by rank."""
-
-    batch_size: int
-    learning_rate: float
-    epochs: int
-    warmup: int
-    stabilize: int
-    interval: int
-    b: dict[int, int]
-    k: dict[int, int]
-
-    def scaled_to(self, epochs: int) -> "Recipe":
-        """The same phases as shares of a run of another length."""
-        share = {x: max(1, getattr(self, x) * epochs // self.epochs) for x in ("warmup", "stabilize", "interval")}
-        return replace(self, epochs=epochs, **share)
-
-
-def by_rank(*values: int) -> dict[int, int]:
-    return dict(zip((2, 4, 10), values))
-
-
-# fmt: off
+RANKS = (2, 4, 10)  # at which b, k and the paper's results are given
+Recipe = namedtuple("Recipe", "batch learning_rate epochs warmup stabilize interval b k paper")
 RECIPES = {
-    "mnli": Recipe( 64, 5e-4,  5, 5000, 10000, 500, b=by_rank(1, 2, 4), k=by_rank(1, 1, 2)),
-    "sst2": Recipe( 64, 8e-4, 20, 3000, 10000, 500, b=by_rank(1, 2, 4), k=by_rank(1, 1, 2)),
-    "cola": Recipe( 64, 8e-4, 20,  300,  1500,  50, b=by_rank(1, 2, 4), k=by_rank(1, 1, 2)),
-    "qqp":  Recipe(128, 4e-4,  5, 3000,  5000, 100, b=by_rank(1, 2, 4), k=by_rank(1, 1, 2)),
-    "qnli": Recipe( 64, 5e-4,  5, 2000,  2000, 200, b=by_rank(1, 2, 4), k=by_rank(1, 1, 2)),
-    "rte":  Recipe( 64, 1.2e-3, 50, 300,  500,  50, b=by_rank(1, 4, 8), k=by_rank(1, 2, 4)),
-    "mrpc": Recipe( 64, 5e-4, 30,  300,   400,  50, b=by_rank(2, 2, 4), k=by_rank(1, 1, 2)),
-    "stsb": Recipe( 64, 5e-3, 25,  300,   300, 150, b=by_rank(3, 4, 8), k=by_rank(1, 2, 4)),
-    # Ours, fixed before any result was written down: 10 "epochs" of 100 steps.
-    "planted": Recipe(32, 1e-2, 10, 100,  300,  20, b=by_rank(8, 8, 8), k=by_rank(2, 2, 2)),
+    "mnli": Recipe(64, 5e-4, 5, 5000, 10000, 500, (1, 2, 4), (1, 1, 2), (89.32, 89.44, 89.51)),
+    "sst2": Recipe(64, 8e-4, 20, 3000, 10000, 500, (1, 2, 4), (1, 1, 2), (95.53, 95.64, 95.87)),
+    "cola": Recipe(64, 8e-4, 20, 300, 1500, 50, (1, 2, 4), (1, 1, 2), (67.38, 70.15, 70.19)),
+    "qqp": Recipe(128, 4e-4, 5, 3000, 5000, 100, (1, 2, 4), (1, 1, 2), (91.21, 91.26, 91.42)),
+    "qnli": Recipe(64, 5e-4, 5, 2000, 2000, 200, (1, 2, 4), (1, 1, 2), (93.70, 94.44, 94.36)),
+    "rte": Recipe(64, 1.2e-3, 50, 300, 500, 50, (1, 4, 8), (1, 2, 4), (85.92, 87.36, 88.81)),
+    "mrpc": Recipe(64, 5e-4, 30, 300, 400, 50, (2, 2, 4), (1, 1, 2), (90.44, 90.44, 88.98)),
+    "stsb": Recipe(64, 5e-3, 25, 300, 300, 150, (3, 4, 8), (1, 2, 4), (90.61, 91.10, 91.59)),
+    "planted": Recipe(32, 1e-2, 10, 100, 300, 20, (8, 8, 8), (2, 2, 2), None),  # ours
 }
-# Table 2: ElaLoRA on DeBERTaV3-base at ranks 2, 4, 10, in percent.
-PAPER = {
-    "mnli": (89.32, 89.44, 89.51), "sst2": (95.53, 95.64, 95.87), "cola": (67.38, 70.15, 70.19),
-    "qqp": (91.21, 91.26, 91.42), "qnli": (93.70, 94.44, 94.36), "rte": (85.92, 87.36, 88.81),
-    "mrpc": (90.44, 90.44, 88.98), "stsb": (90.61, 91.10, 91.59),
-}
-# fmt: on
+
+
+def scaled(recipe: Recipe, epochs: int) -> Recipe:
+    """Table 7's recipe with its phases as the same shares of another number of epochs."""
+    phases = ("warmup", "stabilize", "interval")
+    steps = {phase: max(1, getattr(recipe, phase) * epochs // recipe.epochs) for phase in phases}
+    return recipe._replace(epochs=epochs, **steps)
+
+
+def nearest(rank: int) -> int:
+    """The one of RANKS whose b and k a rank takes: the nearest, the smaller of two equally near."""
+    return min(RANKS, key=lambda known: (abs(known - rank), known))
 
 
 @dataclass
 class Problem:
-    """All that the training loop must know of a task; a batch is whatever `batches` yields and `loss` takes."""
+    """What training needs to know of a task; a batch is what batches yields and loss takes."""
 
     model: nn.Module
-    target_modules: list[str]
-    modules_to_save: list[str]
+    targets: list[str]  # modules to adapt
+    heads: list[str]  # modules to train in full
     steps_per_epoch: int
-    batches: Callable[[int], Iterable]
+    batches: Callable[[int], Iterable]  # of an epoch
     loss: Callable[..., Tensor]
     evaluate: Callable[[], dict[str, float]]
-    baseline: dict[str, float]
+    baseline: dict[str, float]  # the metrics of the majority class
 
 
-# ---------------------------------------------------------------- the planted problem
+# ---- The planted problem ----
 
-MATRICES = (  # DeBERTa's names and the planted rank of each
-    ("attention.self.query_proj", 2),
-    ("attention.self.key_proj", 2),
-    ("attention.self.value_proj", 4),
-    ("attention.output.dense", 4),
-    ("intermediate.dense", 12),
-    ("output.dense", 0),
-)
-PLANTED = {f"deberta.encoder.layer.{i}.{name}": r for i in range(12) for name, r in MATRICES}
-WIDTH = 64
-STEPS_PER_EPOCH = 100
-
-
-def planted_spectrum(rank: int) -> Tensor:
-    return torch.linspace(1, 0.5, rank)
+WIDTH, STEPS_PER_EPOCH = 64, 100
+MATRICES = {  # of a DeBERTa layer, and the rank planted in each
+    "attention.self.query_proj": 2, "attention.self.key_proj": 2, "attention.self.value_proj": 4,
+    "attention.output.dense": 4, "intermediate.dense": 12, "output.dense": 0,
+}
+PLANTED = {f"deberta.encoder.layer.{i}.{m}": r for i in range(12) for m, r in MATRICES.items()}
 
 
 def planted_bounds(rank: int) -> tuple[float, float]:
-    """Least residual of any update of `rank` everywhere, and of any allocation of that total with >= 1 each.
-
-    By Eckart-Young the best update of rank r leaves the squares of all singular values but the r largest.
-    """
-    squares = [planted_spectrum(r).square() for r in PLANTED.values()]
-    total = sum(s.sum() for s in squares)
+    """Least residuals (Eckart-Young): of `rank` everywhere, of any ranks >= 1 of the same sum."""
+    squares = [torch.linspace(1, 0.5, r).square() for r in PLANTED.values()]
     even = sum(s[rank:].sum() for s in squares)
     beyond_first = torch.cat([s[1:] for s in squares]).sort(descending=True).values
     best = beyond_first[(rank - 1) * len(PLANTED) :].sum()
+    total = sum(s.sum() for s in squares)
     return float(even / total), float(best / total)
 
 
-def planted_problem(args: argparse.Namespace, recipe: Recipe, rank: int, seed: int) -> Problem:
-    """72 frozen random matrices, each to regress W0 + Delta* with Delta* of known rank, from Gaussian inputs."""
-    model = nn.Module()
-    deltas = {}
+def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
+    """72 frozen random W0, each to regress W0 + Delta*, of known rank, from Gaussian inputs."""
+    model, deltas = nn.Module(), []
     for name, r in PLANTED.items():
         *path, last = name.split(".")
         parent = model
         for part in path:
-            if not hasattr(parent, part):
-                parent.add_module(part, nn.Module())
+            parent.add_module(part, getattr(parent, part, nn.Module()))
             parent = getattr(parent, part)
-        setattr(parent, last, nn.Linear(WIDTH, WIDTH, bias=False))
-        U, V = (nn.init.orthogonal_(torch.empty(WIDTH, r)) if r else torch.empty(WIDTH, 0) for _ in "UV")
-        deltas[name] = U * planted_spectrum(r) @ V.T
-    delta = torch.stack(list(deltas.values())).to(DEVICE)  # (72, 64, 64)
-    target = delta + torch.stack([model.get_submodule(name).weight.data for name in PLANTED]).to(DEVICE)
+        parent.add_module(last, nn.Linear(WIDTH, WIDTH, bias=False))
+        U, V = (nn.init.orthogonal_(torch.empty(WIDTH, max(r, 1)))[:, :r] for _ in range(2))
+        deltas.append(U * torch.linspace(1, 0.5, r) @ V.T)
     model.to(DEVICE)
-    even, best = planted_bounds(rank)
+    delta = torch.stack(deltas).to(DEVICE)  # (72, 64, 64)
+    target = delta + torch.stack([model.get_submodule(name).weight.data for name in PLANTED])
+    even, best = planted_bounds(config.rank)
 
     def batches(epoch: int) -> Iterable[Tensor]:
-        generator = epoch_generator(seed, epoch)
+        generator = torch.Generator().manual_seed(100_003 * config.seed + epoch)
         for _ in range(STEPS_PER_EPOCH):
-            yield torch.randn(recipe.batch_size, WIDTH, generator=generator).to(DEVICE)
+            yield torch.randn(recipe.batch, WIDTH, generator=generator).to(DEVICE)
 
     def loss(x: Tensor) -> Tensor:
-        got = torch.stack([model.get_submodule(name)(x) for name in PLANTED])  # (72, batch, 64)
-        return (got - x @ target.mT).square().sum(dim=(0, 2)).mean()
+        outputs = torch.stack([model.get_submodule(name)(x) for name in PLANTED])
+        return (outputs - x @ target.mT).square().sum(dim=-1).mean()
 
+    @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        with torch.no_grad():
-            found = torch.stack([model.get_submodule(name).delta_weight() for name in PLANTED])
+        found = torch.stack([model.get_submodule(name).delta_weight() for name in PLANTED])
         residual = float((found - delta).square().sum() / delta.square().sum())
-        gap_closed = (even - residual) / (even - best)
-        return dict(residual=residual, even_rank_bound=even, best_possible=best, gap_closed=gap_closed)
+        return dict(residual=residual, even_rank_bound=even, best_possible=best,
+                    gap_closed=(even - residual) / (even - best))
 
     return Problem(model, list(PLANTED), [], STEPS_PER_EPOCH, batches, loss, evaluate, {})
 
 
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """The source of an epoch's order: depends on these two alone."""
-    return torch.Generator().manual_seed(seed * 100_003 + epoch)
+# ---- GLUE ----
 
-
-# ---------------------------------------------------------------- GLUE
-
-
-@dataclass(frozen=True)
-class Task:
-    """Where a GLUE task's texts and labels are, on the hub and in the classic TSV files."""
-
-    folder: str
-    texts: tuple[str, ...]  # columns on the hub
-    tsv_texts: tuple[str | int, ...]  # columns in the TSV: names in its header, positions where it has none
-    tsv_label: str | int
-    labels: tuple[str, ...] = ("0", "1")  # as the TSV writes them, in the hub's order; () for a number
-    metrics: tuple[str, ...] = ("accuracy",)
-    dev: tuple[tuple[str, str], ...] = (("validation", "dev"),)  # splits: name on the hub, name of the TSV
-
-
-PAIR = ("sentence1", "sentence2")
-NLI = ("entailment", "not_entailment")
-MATCHED = (("validation_matched", "dev_matched"), ("validation_mismatched", "dev_mismatched"))
+# Columns on the hub and in the classic TSV files; labels as in the TSV, in the hub's order, () for
+# numbers; dev splits (name on the hub, stem of the TSV); the header of a TSV that has none.
+Task = namedtuple("Task", "folder texts tsv_texts tsv_label labels metrics dev header",
+                  defaults=(("0", "1"), ("accuracy",), (("validation", "dev"),), None))
+PAIR, NLI = ("sentence1", "sentence2"), ("entailment", "not_entailment")
+MNLI_DEV = (("validation_matched", "dev_matched"), ("validation_mismatched", "dev_mismatched"))
 TASKS = {
-    "mrpc": Task("MRPC", PAIR, ("#1 String", "#2 String"), "Quality", metrics=("accuracy", "f1")),
-    "rte": Task("RTE", PAIR, PAIR, "label", NLI),
-    "cola": Task("CoLA", ("sentence",), (3,), 1, metrics=("matthews",)),
-    "stsb": Task("STS-B", PAIR, PAIR, "score", (), ("pearson", "spearman")),
+    "mnli": Task("MNLI", ("premise", "hypothesis"), PAIR, "gold_label",
+                 ("entailment", "neutral", "contradiction"), dev=MNLI_DEV),
     "sst2": Task("SST-2", ("sentence",), ("sentence",), "label"),
+    "cola": Task("CoLA", ("sentence",), ("sentence",), "label", metrics=("matthews",),
+                 header=("source", "label", "star", "sentence")),
+    "qqp": Task("QQP", ("question1", "question2"), ("question1", "question2"), "is_duplicate",
+                metrics=("accuracy", "f1")),
     "qnli": Task("QNLI", ("question", "sentence"), ("question", "sentence"), "label", NLI),
-    "qqp": Task(
-        "QQP", ("question1", "question2"), ("question1", "question2"), "is_duplicate", metrics=("accuracy", "f1")
-    ),
-    "mnli": Task(
-        "MNLI", ("premise", "hypothesis"), PAIR, "gold_label", ("entailment", "neutral", "contradiction"), dev=MATCHED
-    ),
+    "rte": Task("RTE", PAIR, PAIR, "label", NLI),
+    "mrpc": Task("MRPC", PAIR, ("#1 String", "#2 String"), "Quality", metrics=("accuracy", "f1")),
+    "stsb": Task("STS-B", PAIR, PAIR, "score", (), ("pearson", "spearman")),
 }
 
-Split = tuple[list[list[str]], list[float]]  # one list of texts per column, and the labels
 
-
-def read_tsv(path: Path, task: Task) -> Split:
-    """A file of the classic layout: tab-separated, quotes literal, a header unless columns go by position."""
-    lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    rows = [line.removesuffix("\r").split("\t") for line in lines[:-1] + lines[-1:] * bool(lines[-1])]
-    columns = (*task.tsv_texts, task.tsv_label)
-    if isinstance(task.tsv_label, str):
-        header = rows.pop(0)
-        if missing := [c for c in columns if c not in header]:
-            raise InputError(f"{path}: no column {missing[0]!r} in its header {header}")
-        columns = tuple(map(header.index, columns))
-        width = len(header)
-    else:
-        width = 4
-    if not rows:
-        raise InputError(f"{path}: no examples")
+def read_tsv(path: Path, task: Task) -> tuple[list[list[str]], list[float]]:
+    """One list of texts per column, and the labels, of a file in GLUE's classic layout."""
     texts, labels = [[] for _ in task.tsv_texts], []
-    for number, row in enumerate(rows, start=1 + isinstance(task.tsv_label, str)):
-        if len(row) != width:
-            raise InputError(f"{path}, line {number}: {len(row)} columns where there should be {width}")
-        *values, label = (row[c] for c in columns)
-        for column, value in zip(texts, values):
-            column.append(value)
-        try:
-            labels.append(task.labels.index(label) if task.labels else float(label))
-        except ValueError:
-            expected = f"one of {', '.join(task.labels)}" if task.labels else "a number"
-            raise InputError(f"{path}, line {number}: the label {label!r} is not {expected}") from None
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        rows = csv.DictReader(file, task.header, delimiter="\t", quoting=csv.QUOTE_NONE)
+        header = list(rows.fieldnames or [])
+        if missing := {*task.tsv_texts, task.tsv_label} - {*header}:
+            raise ValueError(f"{path}: no column {min(missing)!r} in its header {header}")
+        for row in rows:
+            where, label = f"{path}, line {rows.line_num}", row[task.tsv_label]
+            if None in row or None in row.values():
+                raise ValueError(f"{where}: more or fewer than {len(header)} columns")
+            try:
+                labels.append(task.labels.index(label) if task.labels else float(label))
+            except ValueError:
+                expected = " or ".join(task.labels) or "a number"
+                raise ValueError(f"{where}: the label is {label!r}, not {expected}") from None
+            for column, name in zip(texts, task.tsv_texts):
+                column.append(row[name])
+    if not labels:
+        raise ValueError(f"{path}: no examples")
     return texts, labels
 
 
-def check_files(name: str, data_dir: str | None, model: str) -> None:
-    """Finds what is missing before anything is loaded or downloaded."""
-    if data_dir is not None:
-        folder = Path(data_dir) / TASKS[name].folder
-        for stem in ("train", *(tsv for _, tsv in TASKS[name].dev)):
-            if not (folder / f"{stem}.tsv").is_file():
-                raise InputError(f"--data-dir: {folder / stem}.tsv is missing")
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
-    if looks_local and not (Path(model) / "config.json").is_file():
-        raise InputError(f"--model: {model} is no folder with a config.json in it")
-
-
-def load_splits(name: str, data_dir: str | None) -> list[Split]:
-    """The training split, then the dev split (two for MNLI)."""
+@functools.cache
+def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable, list[list[dict]]]:
+    """What pads a batch, and the tokenized examples of the training and dev splits."""
     task = TASKS[name]
-    if data_dir is not None:
-        stems = ("train", *(tsv for _, tsv in task.dev))
-        return [read_tsv(Path(data_dir) / task.folder / f"{stem}.tsv", task) for stem in stems]
-    import datasets
-
-    data = from_hub(lambda: datasets.load_dataset(HUB_DATASET, name), HUB_DATASET, "--data-dir FOLDER_WITH_TSV_FILES")
-    splits = [data[split] for split in ("train", *(hub for hub, _ in task.dev))]
-    return [([list(split[column]) for column in task.texts], list(split["label"])) for split in splits]
-
-
-def from_hub(load: Callable, what: str, instead: str):
-    """load(), with whatever the hub's libraries raise turned into one line."""
-    try:
-        return load()
-    except Exception as error:  # their errors have no common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot load {what} ({reason}); where the hub cannot be reached, use {instead}") from error
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    if data_dir:
+        stems = ("train", *(stem for _, stem in task.dev))
+        splits = [read_tsv(Path(data_dir) / task.folder / f"{stem}.tsv", task) for stem in stems]
+    else:
+        hub = datasets.load_dataset(GLUE, name)
+        parts = [hub[split] for split in ("train", *(split for split, _ in task.dev))]
+        splits = [([list(p[column]) for column in task.texts], list(p["label"])) for p in parts]
+    examples = []
+    for texts, labels in splits:
+        encoding = tokenizer(*texts, truncation=True, max_length=MAX_TOKENS)
+        columns = {**encoding, "labels": labels}
+        examples.append([dict(zip(columns, row)) for row in zip(*columns.values())])
+    return transformers.DataCollatorWithPadding(tokenizer), examples
 
 
-def compute_metrics(names: Iterable[str], predictions: list[float], labels: list[float]) -> dict[str, float]:
-    """GLUE's metrics by name; a correlation with a constant is 0."""
-    import scipy.stats
-    import sklearn.metrics
-
-    if len(set(predictions)) == 1 and "pearson" in names:
-        return dict.fromkeys(names, 0.0)
+def compute_metrics(names: Iterable[str], predicted: list, labels: list) -> dict[str, float]:
+    """GLUE's metrics; a correlation with a constant counts as 0."""
     compute = {
         "accuracy": sklearn.metrics.accuracy_score,
         "f1": sklearn.metrics.f1_score,
         "matthews": sklearn.metrics.matthews_corrcoef,
-        "pearson": lambda y, p: scipy.stats.pearsonr(y, p).statistic,
-        "spearman": lambda y, p: scipy.stats.spearmanr(y, p).statistic,
+        "pearson": lambda x, y: scipy.stats.pearsonr(x, y).statistic if len({*y}) > 1 else 0,
+        "spearman": lambda x, y: scipy.stats.spearmanr(x, y).statistic if len({*y}) > 1 else 0,
     }
-    return {name: float(compute[name](labels, predictions)) for name in names}
+    return {name: float(compute[name](labels, predicted)) for name in names}
 
 
-@functools.cache
-def encoded_splits(name: str, data_dir: str | None, model: str) -> tuple:
-    """The tokenizer's collator, and per split the examples as lists of token ids, tokenized once for all runs."""
-    import transformers
-
-    tokenizer = from_hub(
-        lambda: transformers.AutoTokenizer.from_pretrained(model), f"the tokenizer of {model}", "--model FOLDER"
-    )
-    splits = []
-    for texts, labels in load_splits(name, data_dir):
-        encoding = tokenizer(*texts, truncation=True, max_length=MAX_LENGTH)
-        rows = [dict(zip(encoding.keys(), row)) for row in zip(*encoding.values())]
-        splits.append([row | {"labels": label} for row, label in zip(rows, labels)])
-    return transformers.DataCollatorWithPadding(tokenizer), splits
+def load_model(config: Namespace, num_labels: int) -> tuple[nn.Module, list[str], list[str]]:
+    """An encoder with a new head, the six matrices of a layer to adapt (Figure 2), and the head."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        config.model, num_labels=num_labels,
+        dtype=torch.float32)  # not the checkpoint's: DeBERTaV3's float16 is NaN after a step
+    names = [f".{name}" for name, _ in model.named_modules()]
+    heads = [h for h in ("pooler", "classifier") if any(name.endswith(f".{h}") for name in names)]
+    for attention in (["query_proj", "key_proj", "value_proj"], ["query", "key", "value"]):
+        targets = [*attention, "intermediate.dense", "output.dense"]
+        if all(any(name.endswith(f".{target}") for name in names) for target in targets):
+            return model.to(DEVICE), targets, heads
+    raise ValueError(f"--model: {config.model} is not built like DeBERTa, BERT or RoBERTa")
 
 
-def glue_problem(args: argparse.Namespace, recipe: Recipe, rank: int, seed: int) -> Problem:
-    """A GLUE task for a sequence classifier on a pre-trained encoder."""
-    import transformers
+def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
+    """A GLUE task for a pre-trained encoder."""
+    task = TASKS[config.task]
+    pad, (train, *devs) = load_examples(config.task, config.data_dir, config.model)
+    model, targets, heads = load_model(config, len(task.labels) or 1)
+    autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, config.dtype == "bfloat16")
+    loader = functools.partial(torch.utils.data.DataLoader, batch_size=recipe.batch)
 
-    task = TASKS[args.task]
-    collate, (train, *devs) = encoded_splits(args.task, args.data_dir, args.model)
-    model = from_hub(
-        lambda: transformers.AutoModelForSequenceClassification.from_pretrained(
-            args.model,
-            num_labels=len(task.labels) or 1,
-            dtype=torch.float32,  # transformers would take the checkpoint's, float16 for DeBERTaV3
-        ),
-        args.model,
-        "--model FOLDER",
-    ).to(DEVICE)
-    targets = attention_and_feed_forward(model)
-    heads = [h for h in ("pooler", "classifier") if any(n.split(".")[-1] == h for n, _ in model.named_modules())]
-    autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-    def microbatches(rows: list) -> list:
-        # On a CPU a batch in four parts of like length pads less and runs twice as fast; its loss is the same.
+    def by_length(rows: list) -> list:
+        # On a CPU, four parts of like length take half the time: less padding, and the same loss.
         rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-        size = math.ceil(len(rows) / (1 if DEVICE == "cuda" else 4))
-        return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        size = math.ceil(len(rows) / (4 if DEVICE == "cpu" else 1))
+        return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
 
-    def loader(split: list, collate_fn: Callable, **kwargs) -> Iterable:
-        return torch.utils.data.DataLoader(split, recipe.batch_size, collate_fn=collate_fn, **kwargs)
+    def batches(epoch: int) -> Iterable:
+        order = torch.Generator().manual_seed(100_003 * config.seed + epoch)  # of these alone
+        return loader(train, shuffle=True, generator=order, collate_fn=by_length)
 
     def loss(parts: list) -> Tensor:
+        sizes = [len(part["labels"]) for part in parts]
         with autocast():
-            losses = [model(**part.to(DEVICE)).loss * len(part["labels"]) for part in parts]
-        return sum(losses) / sum(len(part["labels"]) for part in parts)
+            losses = [model(**part.to(DEVICE)).loss * size for part, size in zip(parts, sizes)]
+        return sum(losses) / sum(sizes)
 
+    @torch.no_grad()
     def predict(split: list) -> list[float]:
-        logits = []
-        model.eval()
-        with torch.no_grad(), autocast():
-            for batch in loader(split, collate):
-                logits.append(model(**batch.to(DEVICE)).logits.float().cpu())
-        logits = torch.cat(logits)
-        return (logits.argmax(-1) if task.labels else logits.squeeze(-1)).tolist()
+        with autocast():
+            logits = [model(**batch.to(DEVICE)).logits for batch in loader(split, collate_fn=pad)]
+        logits = torch.cat(logits).float()
+        return (logits.argmax(dim=-1) if task.labels else logits.squeeze(-1)).tolist()
 
-    def score(predictors: Callable[[list], list[float]]) -> dict[str, float]:
+    def score(predict: Callable[[list], list[float]]) -> dict[str, float]:
         scores = {}
         for split, suffix in zip(devs, ("", "_mm")):
-            got = compute_metrics(task.metrics, predictors(split), [row["labels"] for row in split])
+            got = compute_metrics(task.metrics, predict(split), [row["labels"] for row in split])
             scores |= {f"{name}{suffix}": value for name, value in got.items()}
         return scores
 
     majority = statistics.mode(row["labels"] for row in train)
-    return Problem(
-        model,
-        targets,
-        heads,
-        math.ceil(len(train) / recipe.batch_size),
-        lambda epoch: loader(train, microbatches, shuffle=True, generator=epoch_generator(seed, epoch)),
-        loss,
-        lambda: score(predict),
-        score(lambda split: [majority] * len(split)),
-    )
+    return Problem(model, targets, heads, math.ceil(len(train) / recipe.batch), batches, loss,
+                   lambda: score(predict), score(lambda split: [majority] * len(split)))
 
 
-def attention_and_feed_forward(model: nn.Module) -> list[str]:
-    """The names of the six matrices of a layer that the paper adapts: DeBERTa's, or BERT's and its relatives'."""
-    names = [name for name, _ in model.named_modules()]
-    for targets in (["query_proj", "key_proj", "value_proj"], ["query", "key", "value"]):
-        targets = [*targets, "intermediate.dense", "output.dense"]
-        if all(any(name.endswith(f".{target}") for name in names) for target in targets):
-            return targets
-    raise InputError(f"--model: a {model.config.model_type} has other layers than DeBERTa, BERT, RoBERTa or ELECTRA")
+# ---- One run ----
 
-
-# ---------------------------------------------------------------- one run
-
-
-def run(args: argparse.Namespace, recipe: Recipe, rank: int, seed: int) -> dict:
-    """Trains once and writes the run's folder; returns what is in results.json."""
-    import tqdm
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.set_seed(seed)
-    started = time.time()
-    problem = (planted_problem if args.task == "planted" else glue_problem)(args, recipe, rank, seed)
-    model, total_steps = problem.model, recipe.epochs * problem.steps_per_epoch
-    row = nearest_row(rank)
-    elalora.inject(model, problem.target_modules, rank, modules_to_save=problem.modules_to_save)
+def train(problem: Problem, config: Namespace, recipe: Recipe) -> tuple:
+    """A loop with Algorithm 1 in it; returns allocator, history, adjustments and scores by step."""
+    model, total = problem.model, recipe.epochs * problem.steps_per_epoch
+    elalora.inject(model, problem.targets, config.rank, modules_to_save=problem.heads)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, recipe.learning_rate, weight_decay=0.0, foreach=True)
-    lr_schedule = transformers.get_linear_schedule_with_warmup(optimizer, total_steps // 10, total_steps)
-    schedule = elalora.RankSchedule(
-        total_steps, recipe.warmup, recipe.stabilize, recipe.interval, recipe.b[row], args.schedule
-    )
-    allocator = elalora.RankAllocator(model, optimizer, schedule, recipe.k[row], seed=seed)
+    rate = transformers.get_linear_schedule_with_warmup(optimizer, total // 10, total)
+    b, k = (column[RANKS.index(nearest(config.rank))] for column in (recipe.b, recipe.k))
+    phases = (recipe.warmup, recipe.stabilize, recipe.interval)
+    schedule = elalora.RankSchedule(total, *phases, b, config.schedule)
+    allocator = elalora.RankAllocator(model, optimizer, schedule, k, seed=config.seed)
+    history, adjustments, scores, shown = [], [], {}, {}
+    bar = tqdm.tqdm(total=total, mininterval=1, desc=f"{config.task} seed {config.seed}")
+    for epoch in range(1, recipe.epochs + 1):
+        model.train()
+        losses = []
+        for batch in problem.batches(epoch):
+            loss = problem.loss(batch)
+            (loss + PENALTY_WEIGHT * elalora.orthogonality_penalty(model)).backward()
+            nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            rate.step()
+            adjustment = allocator.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"loss {losses[-1]} at step {allocator.t}: try --dtype float32")
+            if adjustment:
+                adjustments.append(asdict(adjustment))
+                shown["b"] = adjustment.b
+            if allocator.t in (schedule.warmup_steps, schedule.search_end):
+                scores[allocator.t] = torch.cat(list(allocator.importance().values())).tolist()
+            shown |= dict(loss=f"{losses[-1]:.3f}", rank=sum(allocator.ranks().values()))
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+        model.eval()
+        metrics = problem.evaluate()
+        history.append(dict(epoch=epoch, train_loss=statistics.fmean(losses), metrics=metrics))
+        shown["dev"] = f"{next(iter(metrics.values())):.4f}"
+    bar.close()
+    return allocator, history, adjustments, scores
 
-    history, adjustments, importance = [], [], {}
-    with tqdm.tqdm(total=total_steps, desc=run_name(args, rank, seed), mininterval=1) as bar:
-        for epoch in range(1, recipe.epochs + 1):
-            model.train()
-            losses = []
-            for batch in problem.batches(epoch):
-                loss = problem.loss(batch)
-                losses.append(finite(loss.item(), allocator.t + 1))
-                (loss + PENALTY_WEIGHT * elalora.orthogonality_penalty(model)).backward()
-                nn.utils.clip_grad_norm_(trainable, 1.0)
-                optimizer.step()
-                lr_schedule.step()
-                adjustment = allocator.step()
-                optimizer.zero_grad()
-                if adjustment:
-                    adjustments.append(asdict(adjustment))
-                if allocator.t in (schedule.warmup_steps, schedule.search_end):
-                    importance[allocator.t] = torch.cat(list(allocator.importance().values())).tolist()
-                bar.update()
-                dev = next(iter(history[-1]["metrics"].values())) if history else math.nan
-                b = adjustments[-1]["b"] if adjustments else 0
-                total_rank = sum(allocator.ranks().values())
-                bar.set_postfix(loss=f"{losses[-1]:.3f}", dev=f"{dev:.4f}", rank=total_rank, b=b, refresh=False)
-            model.eval()
-            metrics = problem.evaluate()
-            history.append(dict(epoch=epoch, train_loss=statistics.fmean(losses), metrics=metrics))
 
-    adapters = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[-1] in elalora.RANK_DIM)
-    main_metric = next(iter(history[-1]["metrics"]))
-    pick = min if main_metric == "residual" else max
+def run(config: Namespace, recipe: Recipe, folder: Path) -> dict:
+    """Trains once, writes the run's folder and returns what is in its results.json."""
+    transformers.set_seed(config.seed)
+    started = time.time()
+    problem = (planted_problem if config.task == "planted" else glue_problem)(config, recipe)
+    allocator, history, adjustments, scores = train(problem, config, recipe)
+    metric = next(iter(history[-1]["metrics"]))
+    best = (min if metric == "residual" else max)(history, key=lambda h: h["metrics"][metric])
     results = dict(
-        task=args.task,
-        method=METHOD,
-        rank=rank,
-        seed=seed,
-        metrics=history[-1]["metrics"],
-        best_metrics=pick(history, key=lambda h: h["metrics"][main_metric])["metrics"],
-        baseline=problem.baseline,
-        history=history,
-        adapter_parameters=adapters,
-        trainable_parameters=sum(p.numel() for p in trainable),
-        total_steps=total_steps,
-        seconds=time.time() - started,
-        ranks=allocator.ranks(),
-        adjustments=adjustments,
-        arguments=run_arguments(args, rank, seed),
-        recipe=asdict(recipe),
-        versions=versions(),
+        task=config.task, method="elalora", rank=config.rank, seed=config.seed,
+        metrics=history[-1]["metrics"], best_metrics=best["metrics"], baseline=problem.baseline,
+        adapter_parameters=sum(w.numel() for w in allocator.factors.values()),
+        trainable_parameters=sum(p.numel() for p in problem.model.parameters() if p.requires_grad),
+        total_steps=allocator.t, seconds=round(time.time() - started, 1),
+        arguments=vars(config), recipe=recipe._asdict(),
+        versions=dict(torch=torch.__version__, transformers=transformers.__version__),
+        hardware=torch.cuda.get_device_name() if DEVICE == "cuda" else os.uname().machine,
+        threads=torch.get_num_threads(),
+        ranks=allocator.ranks(), history=history, adjustments=adjustments,
     )
-    write_run(Path(args.output_dir) / run_name(args, rank, seed), results, importance, model)
+    write_run(folder, results, scores, elalora.adapter_state_dict(problem.model))
     return results
 
 
-def finite(loss: float, step: int) -> float:
-    if not math.isfinite(loss):
-        raise InputError(f"the loss is {loss} at step {step}: try --dtype float32, another seed or another model")
-    return loss
-
-
-def nearest_row(rank: int) -> int:
-    """The rank of Table 7 whose b and k a rank takes: the nearest, the smaller of two equally near."""
-    return min((2, 4, 10), key=lambda row: (abs(row - rank), row))
-
-
-def run_name(args: argparse.Namespace, rank: int, seed: int) -> str:
-    return f"{args.task}-{METHOD}-r{rank}-s{seed}"
-
-
-def run_arguments(args: argparse.Namespace, rank: int, seed: int) -> dict:
-    """What determines the numbers of a run."""
-    shared = {name: value for name, value in vars(args).items() if name not in ("output_dir", "seeds")}
-    return shared | dict(rank=rank, seed=seed)
-
-
-def versions() -> dict[str, str]:
-    import transformers
-
-    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return dict(
-        python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, hardware=hardware
-    )
-
-
-# ---------------------------------------------------------------- what a run writes
-
-
-def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes under a temporary name and renames, so that what exists is complete."""
-    temporary = path.with_name(f"tmp-{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def write_run(folder: Path, results: dict, importance: dict[int, list[float]], model: nn.Module) -> None:
-    import safetensors.torch
-
+def write_run(folder: Path, results: dict, scores: dict[int, list], adapter: dict) -> None:
+    """Each file under a temporary name first; results.json last: it marks the run as finished."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = elalora.adapter_state_dict(model)
-    atomically(folder / "adapter.safetensors", lambda path: safetensors.torch.save_file(state, path))
-    panels = {"ranks found": results["ranks"]}
-    if results["task"] == "planted":
-        panels = {"ranks planted": PLANTED} | panels
-    atomically(folder / "ranks.png", lambda path: plot_ranks(panels, path))
-    atomically(folder / "importance.png", lambda path: plot_importance(importance, path))
-    text = json.dumps(results, indent=1)
-    atomically(folder / "results.json", lambda path: path.write_text(text))  # last: it marks the run as finished
+    planted = {"planted": PLANTED} if results["task"] == "planted" else {}
+    for name, write in {
+        "adapter.safetensors": lambda path: safetensors.torch.save_file(adapter, path),
+        "ranks.png": lambda path: plot_ranks(planted | {"found": results["ranks"]}, path),
+        "importance.png": lambda path: plot_scores(scores, path),
+        "results.json": lambda path: path.write_text(json.dumps(results, indent=1)),
+    }.items():
+        write(folder / f"tmp-{name}")
+        os.replace(folder / f"tmp-{name}", folder / name)
 
 
 def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
-    """Heatmaps, layers x matrices, as the paper's Figure 2."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 3.2), squeeze=False, layout="constrained")
+    """Heatmaps of layers and matrices, as Figure 2."""
+    figure = Figure(figsize=(7.5 * len(panels), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     highest = max(max(ranks.values()) for ranks in panels.values())
-    for axis, (title, ranks) in zip(axes[0], panels.items()):
-        found = {re.search(r"\.(\d+)\.(.+)", name).groups(): rank for name, rank in ranks.items()}
-        layers = sorted({int(layer) for layer, _ in found})
-        matrices = list(dict.fromkeys(matrix for _, matrix in found))
-        grid = [[found[str(layer), matrix] for layer in layers] for matrix in matrices]
-        axis.imshow(grid, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-        for i, values in enumerate(grid):
-            for j, value in enumerate(values):
-                axis.text(j, i, value, ha="center", va="center", color="white" if value > highest / 2 else "black")
+    for axis, (title, ranks) in zip(axes, panels.items()):
+        cells = {re.search(r"\.(\d+)\.(.+)", name).groups(): rank for name, rank in ranks.items()}
+        layers, matrices = (list(dict.fromkeys(names)) for names in zip(*cells))
+        grid = [[cells[layer, matrix] for layer in layers] for matrix in matrices]
+        axis.imshow(grid, "Blues", vmin=0, vmax=highest, aspect="auto")
+        for (layer, matrix), rank in cells.items():
+            axis.text(layers.index(layer), matrices.index(matrix), rank, ha="center", va="center",
+                      color="white" if rank > highest / 2 else "black")
         axis.set_xticks(range(len(layers)), layers)
         axis.set_yticks(range(len(matrices)), matrices)
-        axis.set(title=f"{title} (total {sum(ranks.values())})", xlabel="layer")
+        axis.set(xlabel="layer", title=f"ranks {title}, total {sum(ranks.values())}")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def plot_importance(importance: dict[int, list[float]], path: Path) -> None:
-    """Distribution of the importance scores after warm-up and after the rank search, as the paper's Figure 5."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    logs = {step: [math.log10(s) for s in scores if s > 0] for step, scores in importance.items()}
-    everything = [x for values in logs.values() for x in values] or [0.0]
-    low, high = min(everything), max(everything) + 1e-6
-    bins = [low + (high - low) * i / 40 for i in range(41)]
-    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    for (step, values), when in zip(logs.items(), ("after warm-up", "after the rank search")):
-        axis.hist(values, bins=bins, alpha=0.6, label=f"{when} (step {step})")
-    axis.set(xlabel="log10 of the importance score of a rank", ylabel="ranks")
+def plot_scores(scores: dict[int, list[float]], path: Path) -> None:
+    """How the importance scores of all ranks are distributed, as Figure 5."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axis = figure.subplots()
+    logs = [[math.log10(score) for score in values if score > 0] for values in scores.values()]
+    when = [f"after {phase}" for phase in ("warm-up", "the rank search")]
+    axis.hist(logs, bins=40, histtype="stepfilled", alpha=0.6, label=when[: len(logs)])
+    axis.set(xlabel="log10 of the importance score S", ylabel="ranks")
     axis.legend()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-# ---------------------------------------------------------------- what the user sees
+# ---- What the user sees ----
+
+def describe(results: dict) -> list[str]:
+    """The lines printed of a run."""
+    ranks, baseline, paper = results["ranks"], results["baseline"], RECIPES[results["task"]].paper
+    spread = f"from {min(ranks.values())} to {max(ranks.values())}"
+    lines = [
+        "{task}, rank {rank}, seed {seed}: {total_steps} steps, {seconds:.0f} s".format(**results),
+        f"  {results['adapter_parameters']:,} adapter parameters, "
+        f"{results['trainable_parameters']:,} trained with the head",
+        f"  {len(ranks)} matrices, total rank {sum(ranks.values())}, {spread} each"]
+    for metric, value in results["metrics"].items():
+        majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
+        lines.append(f"  {metric:<15} {value:.4f}{majority}")
+    if paper and results["arguments"]["model"] == DEBERTA and results["rank"] in RANKS:
+        lines.append(f"  the paper has   {paper[RANKS.index(results['rank'])] / 100:.4f}  (Table 2)")
+    for matrix, planted in MATRICES.items() if results["task"] == "planted" else ():
+        found = statistics.fmean(ranks[f"deberta.encoder.layer.{i}.{matrix}"] for i in range(12))
+        lines.append(f"  {matrix:<25} planted {planted:>2}, found {found:>5.2f} (mean of 12 layers)")
+    return lines
 
 
-def describe(results: dict) -> str:
-    metrics, name = results["metrics"], f"{results['task']}, rank {results['rank']}, seed {results['seed']}"
-    if results["task"] == "planted":
-        return f"{name}: residual |dW - Delta*|^2 / |Delta*|^2 after {results['seconds']:.0f} s\n" + planted_table(results)
-    lines = [f"{name}, last of {len(results['history'])} epochs, {results['seconds']:.0f} s"]
-    for metric, value in metrics.items():
-        lines.append(f"  {metric:<12} {value:.4f}   (majority class: {results['baseline'][metric]:.4f})")
-    arguments = results["arguments"]
-    if arguments["model"] == DEBERTA and results["rank"] in (2, 4, 10):
-        figure = PAPER[results["task"]][(2, 4, 10).index(results["rank"])]
-        lines.append(f"  the paper's {next(iter(metrics))} (Table 2, in percent): {figure}")
-    ranks = results["ranks"].values()
-    lines.append(
-        f"  {results['adapter_parameters']:,} adapter parameters, {results['trainable_parameters']:,} trained with the "
-        f"head; {len(ranks)} matrices, total rank {sum(ranks)}, from {min(ranks)} to {max(ranks)}"
-    )
-    return "\n".join(lines)
-
-
-def planted_table(results: dict) -> str:
-    m = results["metrics"]
-    rows = [
-        f"  any fixed rank {results['rank']} (bound)   {m['even_rank_bound']:.4f}",
-        f"  ElaLoRA                  {m['residual']:.4f}   {m['gap_closed']:.1%} of the gap closed",
-        f"  best possible            {m['best_possible']:.4f}",
-        "  matrix                       planted   found, mean over the layers (min-max)",
-    ]
-    for matrix, planted in MATRICES:
-        found = [rank for name, rank in results["ranks"].items() if re.search(rf"\.\d+\.{re.escape(matrix)}$", name)]
-        rows.append(f"  {matrix:<28} {planted:>7}   {statistics.fmean(found):.2f} ({min(found)}-{max(found)})")
-    return "\n".join(rows)
-
-
-def summarize(all_results: list[dict]) -> str:
-    """Mean and standard deviation of the last epoch over the seeds of every rank."""
-    lines = []
-    for rank in dict.fromkeys(r["rank"] for r in all_results):
-        runs = [r["metrics"] for r in all_results if r["rank"] == rank]
+def summarize(finished: list[dict]) -> list[str]:
+    """Mean and standard deviation of the last epoch over the seeds of each rank."""
+    lines, by_rank = [], {}
+    for results in finished:
+        by_rank.setdefault(results["rank"], []).append(results["metrics"])
+    for rank, runs in by_rank.items():
         for metric in runs[0] if len(runs) > 1 else ():
             values = [run[metric] for run in runs]
             mean, std = statistics.fmean(values), statistics.stdev(values)
-            lines.append(f"rank {rank}, {metric}: {mean:.4f} +- {std:.4f} (last epoch, {len(runs)} seeds)")
-    return "\n".join(lines)
+            lines.append(f"rank {rank}, {metric}: {mean:.4f} +- {std:.4f} (std, {len(runs)} seeds)")
+    return lines
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--task", choices=RECIPES, default="planted", help="what to train on")
-    parser.add_argument("--rank", type=positive, nargs="+", default=[4], help="average rank(s) of a matrix")
-    parser.add_argument("--seeds", type=natural, nargs="+", default=[0], help="one run for each")
-    parser.add_argument("--model", default=DEBERTA, help="hub id or folder of the pre-trained encoder")
-    parser.add_argument("--data-dir", help="folder of GLUE in the classic TSV layout (MRPC/train.tsv ...) "
-                        f"instead of {HUB_DATASET} from the hub")  # fmt: skip
-    parser.add_argument("--epochs", type=positive, help="instead of Table 7's; the phases shrink or grow along")
-    parser.add_argument("--schedule", choices=elalora.SHAPES, default="cubic", help="shape of b^(t) (eq. 5: cubic)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
-    parser.add_argument("--output-dir", default="runs", help="where the folders of the runs go")
-    return parser.parse_args(argv)
+def parse_arguments(argv: list[str] | None) -> Namespace:
+    """Every argument, its default and its meaning."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=RECIPES, default="planted", help="default: planted")
+    add("--rank", type=int, nargs="+", default=[4], help="average rank(s); default: 4")
+    add("--seeds", type=int, nargs="+", default=[0], help="one run for each; default: 0")
+    add("--model", default=DEBERTA, help=f"encoder: hub id or folder; default: {DEBERTA}")
+    add("--data-dir", help=f"folder with MRPC/train.tsv and so on; default: {GLUE} on the hub")
+    add("--epochs", type=int, help="default: Table 7's; with another, phases keep their shares")
+    add("--schedule", choices=elalora.SHAPES, default="cubic", help="b^(t); default: cubic (eq. 5)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    add("--output-dir", default="runs", help="default: runs")
+    args = parser.parse_args(argv)
+    if min(*args.rank, args.epochs or 1, *(seed + 1 for seed in args.seeds)) < 1:
+        parser.error("--rank and --epochs take integers >= 1, --seeds integers >= 0")
+    return args
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+def check_files(args: Namespace) -> None:
+    """Names what is missing before anything is loaded."""
+    task = TASKS[args.task]
+    for stem in ("train", *(stem for _, stem in task.dev)) if args.data_dir else ():
+        if not (path := Path(args.data_dir) / task.folder / f"{stem}.tsv").is_file():
+            raise ValueError(f"--data-dir: {path} is missing")
+    local = args.model.startswith((".", "/", "~")) or Path(args.model).exists()
+    if local and not (Path(args.model) / "config.json").is_file():
+        raise ValueError(f"--model: {args.model} is no folder with a config.json")
 
 
-def natural(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def finished(args: argparse.Namespace, rank: int, seed: int) -> dict | None:
-    """The results of a run that is complete; InputError where they came of other arguments."""
-    path = Path(args.output_dir) / run_name(args, rank, seed) / "results.json"
-    if not path.exists():
+def earlier(config: Namespace, folder: Path) -> dict | None:
+    """The results of the run, if it is finished; an error if the folder holds a different one."""
+    if not (path := folder / "results.json").exists():
         return None
     results = json.loads(path.read_text())
-    wanted = run_arguments(args, rank, seed)
-    if other := [name for name in wanted if results["arguments"].get(name) != wanted[name]]:
-        name = other[0]
-        raise InputError(
-            f"{path.parent} holds a run with --{name.replace('_', '-')} {results['arguments'].get(name)}, not "
-            f"{wanted[name]}: take another --output-dir"
-        )
+    for name, wanted in vars(config).items():
+        if (had := results["arguments"].get(name)) != wanted:
+            raise ValueError(f"{folder} has {name} {had}, not {wanted}: take another --output-dir")
     return results
+
+
+def run_all(args: Namespace) -> None:
+    """Every rank with every seed, but those that are finished."""
+    recipe = scaled(RECIPES[args.task], args.epochs or RECIPES[args.task].epochs)
+    if args.task != "planted":
+        check_files(args)
+        for rank in set(args.rank) - set(RANKS):
+            print(f"Table 7 lacks rank {rank}: b and k are those of rank {nearest(rank)}")
+    shared = {k: v for k, v in vars(args).items() if k not in ("rank", "seeds", "output_dir")}
+    runs = [Namespace(**shared, rank=rank, seed=seed) for rank in args.rank for seed in args.seeds]
+    folders = [Path(args.output_dir, f"{args.task}-elalora-r{c.rank}-s{c.seed}") for c in runs]
+    known = [earlier(config, folder) for config, folder in zip(runs, folders)]
+    finished = []
+    for config, folder, results in zip(runs, folders, known):
+        finished.append(results or run(config, recipe, folder))
+        print(*describe(finished[-1]), sep="\n")
+        print(f"  {'finished before: ' if results else 'written: '}{folder}", flush=True)
+    print(*summarize(finished), sep="\n", end="")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    recipe = RECIPES[args.task]
-    if args.epochs is not None:
-        recipe = recipe.scaled_to(args.epochs)
-    if args.task != "planted":
-        check_files(args.task, args.data_dir, args.model)
-    runs = [(rank, seed) for rank in args.rank for seed in args.seeds]
-    known = {(rank, seed): finished(args, rank, seed) for rank, seed in runs}
-    for rank in args.rank:
-        if rank != (row := nearest_row(rank)) and args.task != "planted":
-            print(f"Table 7 has no rank {rank}: b and k are those of rank {row}")
-    results = []
-    for rank, seed in runs:
-        folder = Path(args.output_dir) / run_name(args, rank, seed)
-        if known[rank, seed]:
-            print(f"{folder} is finished already")
-        results.append(known[rank, seed] or run(args, recipe, rank, seed))
-        print(f"{describe(results[-1])}\n  written: {folder}/", flush=True)
-    if summary := summarize(results):
-        print(summary)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        run_all(args)
+    except (ValueError, OSError) as error:
+        from_hub = isinstance(error, OSError) and error.errno is None
+        hint = " (without the hub: --model FOLDER --data-dir FOLDER)" if from_hub else ""
+        print(f"reproduce.py: error: {str(error).strip().splitlines()[0]}{hint}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
+    main()

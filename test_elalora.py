@@ -1,0 +1,1187 @@
+"""The laws of elalora.py, in its order, then of reproduce.py and of the README.
+
+Oracles are independent: NumPy in float64, brute force, exact fractions, an uninterrupted run. Run
+`pytest`; `pytest -m slow` runs what takes longer.
+"""
+
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import elalora
+import reproduce
+from elalora import (
+    RANK_DIM, Adjustment, RankAllocator, RankSchedule, SVDLinear, adapter_state_dict, inject,
+    load_adapter_state_dict, merge, new_directions, orthogonality_penalty, resize, select,
+)  # fmt: skip
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)
+settings.register_profile("laws", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("laws")
+seeds = st.integers(0, 2**31 - 1)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.dense = nn.Linear(6, 5), nn.Linear(5, 6)
+
+    def forward(self, x):
+        return x + self.dense(torch.tanh(self.query(x)))
+
+
+class Net(nn.Module):
+    """Two blocks of 6 -> 5 -> 6 and a head; every matrix has a highest rank of 5."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(6, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+ADAPTED = [f"layers.{i}.{name}" for i in range(2) for name in ("query", "dense")]
+
+
+def adapted_net(rank=2, seed=0, **kwargs):
+    kwargs = {"modules_to_save": ["head"]} | kwargs
+    return inject(Net(seed), ["query", "dense"], rank, **kwargs)
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def training(model, b=2, k=2, optimizer=torch.optim.AdamW, schedule=None, **kwargs):
+    """An optimizer, and an allocator that moves b ranks at every step unless given a schedule."""
+    optimizer = optimizer(trainable(model), **{"lr": 0.05} | kwargs)
+    schedule = schedule or RankSchedule(10**6, 0, 1, 1, b, "constant")
+    return optimizer, RankAllocator(model, optimizer, schedule, k)
+
+
+def loss_of(model, step=0):
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+    return model(x).square().sum() + 0.1 * orthogonality_penalty(model)
+
+
+def train_step(model, optimizer, allocator=None, step=0):
+    loss_of(model, step).backward()
+    optimizer.step()
+    adjustment = allocator.step() if allocator else None
+    optimizer.zero_grad()
+    return adjustment
+
+
+def randomize(layer, generator=None):
+    """A layer in the middle of training: P and Q away from orthonormal, Lambda away from 0."""
+    with torch.no_grad():
+        for factor in (layer.P, layer.Lambda, layer.Q):
+            factor.copy_(torch.randn(factor.shape, generator=generator))
+    return layer
+
+
+def array(tensor):
+    return tensor.detach().double().numpy()
+
+
+# ---- Section 3.1 ----
+
+@given(st.integers(1, 7), st.integers(1, 7), st.data(), seeds)
+def test_the_layer_computes_its_formula(d_out, d_in, data, seed):
+    """y = W0 x + bias + s P (Lambda * (Q x)), and delta_weight() is that update's matrix."""
+    rank = data.draw(st.integers(1, min(d_out, d_in)))
+    torch.manual_seed(seed)
+    layer = randomize(SVDLinear(nn.Linear(d_in, d_out), rank, alpha=3.0))
+    x = torch.randn(2, 3, d_in)
+    P, Lambda, Q, W, bias = map(
+        array, (layer.P, layer.Lambda, layer.Q, layer.base_layer.weight, layer.base_layer.bias))
+    delta = 3.0 / rank * P @ np.diag(Lambda) @ Q
+    np.testing.assert_allclose(array(layer(x)), array(x) @ (W + delta).T + bias, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(array(layer.delta_weight()), delta, rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(1, 5), seeds)
+def test_a_layer_starts_orthonormal_and_as_its_base(rank, seed):
+    """P'P = QQ' = I, R(P, Q) = 0 and the output is the base's to the bit."""
+    torch.manual_seed(seed)
+    layer = SVDLinear(nn.Linear(6, 5), rank)
+    np.testing.assert_allclose(array(layer.P.T @ layer.P), np.eye(rank), atol=1e-6)
+    np.testing.assert_allclose(array(layer.Q @ layer.Q.T), np.eye(rank), atol=1e-6)
+    assert orthogonality_penalty(layer).item() < 1e-10
+    x = torch.randn(3, 6)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+@given(st.lists(st.integers(1, 5), min_size=4, max_size=4), seeds)
+def test_the_penalty_is_the_mean_of_section_3_1(ranks, seed):
+    """|P'P - I|^2 + |QQ' - I|^2 in Frobenius norms, averaged over matrices of any ranks."""
+    model = adapted_net(dict(zip(ADAPTED, ranks)), seed)
+    expected = []
+    for name in ADAPTED:
+        layer = randomize(model.get_submodule(name))
+        P, Q = array(layer.P), array(layer.Q)
+        expected += [np.linalg.norm(P.T @ P - np.eye(layer.rank)) ** 2
+                     + np.linalg.norm(Q @ Q.T - np.eye(layer.rank)) ** 2]
+    np.testing.assert_allclose(orthogonality_penalty(model).item(), np.mean(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_float32_and_the_output_is_the_bases(dtype, autocast):
+    """A bfloat16 base works, with and without autocast, and y has the dtype that the base gives."""
+    layer = randomize(SVDLinear(nn.Linear(6, 5).to(dtype), 2))
+    x = torch.randn(3, 6, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+        assert y.dtype == layer.base_layer(x).dtype
+    assert {layer.P.dtype, layer.Lambda.dtype, layer.Q.dtype} == {torch.float32}
+    y.sum().backward()
+    assert layer.P.grad.dtype == torch.float32
+    expected = array(x) @ array(layer.base_layer.weight + layer.delta_weight()).T
+    np.testing.assert_allclose(array(y - layer.base_layer.bias), expected, rtol=0.1, atol=0.5)
+
+
+class Quantized(nn.Linear):
+    """Like the quantized layers of bitsandbytes: an nn.Linear whose weight is packed integers."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        self.weight = nn.Parameter((10 * self.weight.T.data).char(), requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) / 10) + self.bias
+
+
+def test_quantized_bases_adapt_but_do_not_merge():
+    """Only base_layer(x) is called; merging into integers is refused and changes nothing."""
+    model = inject(nn.Sequential(Quantized(6, 5)), ["0"], 2)
+    randomize(model[0])
+    x = torch.randn(3, 6)
+    expected = model[0].base_layer(x) + x @ model[0].delta_weight().T
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(ValueError, match="'0' has a weight of torch.int8; dequantize"):
+        merge(model)
+    assert isinstance(model[0], SVDLinear)
+
+
+def test_dropout_acts_on_the_input_of_the_update_alone():
+    """Elements of x are dropped, and the others scaled up, before Q and not before the base."""
+    layer = randomize(SVDLinear(nn.Linear(6, 5), 2, dropout=0.5))
+    x = torch.randn(3, 6)
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    dropped = nn.functional.dropout(x, 0.5)
+    torch.testing.assert_close(y, layer.base_layer(x) + dropped @ layer.delta_weight().T)
+    torch.testing.assert_close(layer.eval()(x), layer.base_layer(x) + x @ layer.delta_weight().T)
+
+
+def test_inject_freezes_all_but_adapters_and_saved_modules():
+    """After inject just P, Lambda, Q and the modules to save have gradients to come."""
+    model = adapted_net()
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    factors = {f"{name}.{factor}" for name in ADAPTED for factor in RANK_DIM}
+    assert names == factors | {"head.weight", "head.bias"}
+
+
+def test_names_match_by_whole_components_from_the_right():
+    """`0.dense` matches `layers.0.dense`; `k` does not match `block`, nor `dense` `xdense`."""
+    model = inject(Net(), ["0.dense"], 2)
+    assert list(elalora._adapted(model)) == ["layers.0.dense"]
+    model = nn.ModuleDict({"k": nn.Linear(3, 3), "block": nn.Linear(3, 3), "xk": nn.Linear(3, 3)})
+    assert list(elalora._adapted(inject(model, ["k"], 1))) == ["k"]
+
+
+@given(st.lists(st.integers(1, 5), min_size=4, max_size=4))
+def test_a_rank_map_sets_ranks_and_one_scaling(ranks):
+    """Each matrix gets its rank, and all the scaling alpha / (mean of the map)."""
+    model = adapted_net(dict(zip(ADAPTED, ranks)), alpha=8.0)
+    layers = elalora._adapted(model)
+    assert [layer.rank for layer in layers.values()] == ranks
+    assert all(layer.scaling == pytest.approx(8.0 / np.mean(ranks)) for layer in layers.values())
+
+
+def test_a_layer_in_two_places_stays_one_layer():
+    """A shared nn.Linear is adapted once, in both places, and merged in both."""
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.Tanh(), shared)
+    inject(model, ["0"], 2)
+    assert model[0] is model[2] and isinstance(model[0], SVDLinear)
+    randomize(model[0])
+    x = torch.randn(3, 4)
+    y = model(x)
+    merge(model)
+    assert model[0] is model[2] is shared
+    torch.testing.assert_close(model(x), y)
+
+
+INJECT_ERRORS = {
+    "no match": (dict(target_modules=["qeury"]), "'qeury' matches no module; .*layers.0.query"),
+    "one of two": (dict(target_modules=["query", "ky"]), "'ky' matches no module"),
+    "nothing": (dict(target_modules=[]), "target"),
+    "a string": (dict(target_modules="query"), "list of names, got the string 'query'"),
+    "no linear": (dict(target_modules=["layers.0"]), "'layers.0' is no nn.Linear"),
+    "rank 0": (dict(rank=0), "'layers.0.query' must be an integer in 1..5, got 0"),
+    "rank 6": (dict(rank=6), "in 1..5, got 6"),
+    "rank 2.0": (dict(rank=2.0), "got 2.0"),
+    "map": (dict(rank={"layers.0.query": 1}), "layers.0.dense"),
+    "map beyond": (dict(rank=dict.fromkeys([*ADAPTED, "x"], 1)), r"\['x'\]"),
+    "last of map": (dict(rank=dict(zip(ADAPTED, (1, 1, 1, 9)))), "'layers.1.dense' .* got 9"),
+    "both": (dict(modules_to_save=["layers.1"]), "'layers.1.query' would be both"),
+    "both, same": (dict(modules_to_save=["dense"]), "both adapted and saved"),
+    "no save": (dict(modules_to_save=["haed"]), "modules_to_save: 'haed' matches no module"),
+    "alpha": (dict(alpha=0), "alpha must be positive, got 0"),
+    "dropout": (dict(dropout=1.5), "dropout probability .* got 1.5"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", INJECT_ERRORS.values(), ids=INJECT_ERRORS)
+def test_inject_refuses_what_does_not_fit_and_changes_nothing(arguments, message):
+    """A ValueError names the value, and the model is as it was."""
+    model = Net()
+    with pytest.raises(ValueError, match=message):
+        inject(model, **dict(target_modules=["query", "dense"], rank=2) | arguments)
+    assert not any(isinstance(module, SVDLinear) for module in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_is_adapted_is_not_adapted_again_and_what_is_not_is_named():
+    """A second injection, and every function without a first one, is a ValueError."""
+    with pytest.raises(ValueError, match="adapted already"):
+        inject(adapted_net(), ["head"], 1)
+    with pytest.raises(ValueError, match="not a Embedding"):
+        SVDLinear(nn.Embedding(3, 4), 1)
+    for function in (merge, orthogonality_penalty, adapter_state_dict):
+        with pytest.raises(ValueError, match="no SVDLinear; call inject"):
+            function(Net())
+
+
+# ---- Section 3.2 ----
+
+class Scores:
+    """Eq. 1-3 in NumPy float64 for one parameter."""
+
+    def __init__(self, shape):
+        self.I_bar, self.U_bar = np.zeros(shape), np.zeros(shape)
+
+    def update(self, w, grad, beta1, beta2):
+        I = np.abs(array(w) * array(grad))
+        self.I_bar = beta1 * self.I_bar + (1 - beta1) * I
+        self.U_bar = beta2 * self.U_bar + (1 - beta2) * np.abs(I - self.I_bar)
+
+    @property
+    def s(self):
+        return self.I_bar * self.U_bar
+
+
+@given(st.data(), st.floats(0.05, 0.99), st.floats(0.05, 0.99), seeds)
+@settings(max_examples=50)
+def test_importance_follows_equations_1_to_3(data, beta1, beta2, seed):
+    """Any gradients, missing and non-finite ones among them, score as in float64 by hand."""
+    model = adapted_net(3, seed)
+    optimizer = torch.optim.SGD(trainable(model), 0.1)
+    schedule = RankSchedule(100, 50, 10, 1, 0)
+    allocator = RankAllocator(model, optimizer, schedule, 1, beta1, beta2)
+    generator = torch.Generator().manual_seed(seed)
+    oracle = {w: Scores(w.shape) for w in allocator.factors.values()}
+    for layer in allocator.layers.values():
+        randomize(layer, generator)
+    for kind in data.draw(st.lists(st.sampled_from(["all", "some", "nan", "inf"]), max_size=6)):
+        for i, w in enumerate(oracle):
+            w.grad = torch.randn(w.shape, generator=generator)
+            if kind == "some" and i % 3 == 1:
+                w.grad = None
+        if kind in ("nan", "inf"):
+            next(iter(oracle)).grad[0, 0] = float(kind)
+        else:
+            for w, scores in oracle.items():
+                if w.grad is not None:
+                    scores.update(w, w.grad, beta1, beta2)
+        allocator.step()
+    for name, S in allocator.importance().items():
+        layer = allocator.layers[name]
+        s_P, s_Lambda, s_Q = (oracle[w].s for w in (layer.P, layer.Lambda, layer.Q))
+        expected = s_Lambda + s_P.sum(axis=0) / len(s_P) + s_Q.sum(axis=1) / s_Q.shape[1]
+        np.testing.assert_allclose(array(S), expected, rtol=2e-4, atol=1e-9)
+        assert S.dtype == torch.float32 and S.shape == (3,)
+
+
+def test_averages_stay_after_the_search_and_steps_are_counted_on():
+    """Averages move up to total - stabilize, gradients or not afterwards, and t counts every step."""
+    model = adapted_net()
+    optimizer, allocator = training(model, schedule=RankSchedule(9, 1, 4, 2, 0))
+    for step in range(9):
+        before = copy.deepcopy(allocator.importance())
+        train_step(model, optimizer, allocator, step)
+        same = all(torch.equal(before[name], S) for name, S in allocator.importance().items())
+        assert same == (step + 1 > 5)
+    allocator.step()
+    assert allocator.t == 10
+
+
+def test_a_step_without_any_gradient_is_an_error_that_counts_for_nothing():
+    """step() after zero_grad() says where it belongs and leaves the allocator as it was."""
+    _, allocator = training(adapted_net())
+    with pytest.raises(ValueError, match="between backward.. and zero_grad"):
+        allocator.step()
+    assert allocator.t == 0
+
+
+# ---- Section 3.3: selection ----
+
+def brute_force(scores, max_ranks, k, b):
+    """The definition, by trying all subsets: the largest n, the least to prune, the greatest to grow."""
+    keyed = {(S, order, i): name
+             for order, (name, values) in enumerate(scores.items()) for i, S in enumerate(values)}
+    def lowest(name, count):
+        return sorted(key for key, owner in keyed.items() if owner == name)[:count]
+    candidates = [key for name in scores for key in lowest(name, k)]
+    prunable = [key for name in scores for key in lowest(name, min(k, len(scores[name]) - 1))]
+    for n in range(b, 0, -1):
+        prunings = [sorted(subset) for subset in itertools.combinations(prunable, n)]
+        if not prunings:
+            continue
+        gone = min(prunings)
+        growths = []
+        for subset in itertools.combinations([c for c in candidates if c not in gone], n):
+            rank = {name: len(values) for name, values in scores.items()}
+            for key in gone:
+                rank[keyed[key]] -= 1
+            for key in subset:
+                rank[keyed[key]] += 1
+            grown = {keyed[key] for key in subset}
+            if all(rank[name] <= max_ranks[name] for name in grown):
+                growths.append(sorted(subset, reverse=True))
+        if growths:
+            names = [keyed[key] for key in max(growths)]
+            pruned = {name: sorted(i for _, _, i in gone if keyed[_, _, i] == name) for name in ()}
+            for key in gone:
+                pruned.setdefault(keyed[key], []).append(key[2])
+            return ({name: sorted(indices) for name, indices in pruned.items()},
+                    {name: names.count(name) for name in names})
+    return {}, {}
+
+
+@st.composite
+def selections(draw):
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    score = st.sampled_from([0.0, 1.0, 2.0, 3.0]) | st.floats(0, 3)  # ties are common
+    scores = {f"m{i}": draw(st.lists(score, min_size=n, max_size=n)) for i, n in enumerate(sizes)}
+    max_ranks = {name: len(S) + draw(st.integers(0, 2)) for name, S in scores.items()}
+    return scores, max_ranks, draw(st.integers(1, 5)), draw(st.integers(0, 6))
+
+
+@given(selections())
+@settings(max_examples=400)
+def test_selection_is_what_trying_everything_finds(selection):
+    """Ties, rank-1 and full matrices, k and b too large: select() is the definition's answer."""
+    assert select(*selection) == brute_force(*selection)
+
+
+@given(selections())
+@settings(max_examples=300)
+def test_selection_conserves_the_sum_and_the_limits(selection):
+    """As many go as come, at most b; nothing below 1, above its limit, or by more than k."""
+    scores, max_ranks, k, b = selection
+    pruned, expanded = select(*selection)
+    assert sum(map(len, pruned.values())) == sum(expanded.values()) <= b
+    for name, S in scores.items():
+        gone, come = pruned.get(name, []), expanded.get(name, 0)
+        assert len(gone) <= k and come <= k
+        assert 1 <= len(S) - len(gone)
+        assert len(S) - len(gone) + come <= max_ranks[name]
+
+
+def test_a_matrix_at_rank_1_can_grow():
+    """The released code never lets it; section 3.3 does, where it matters most."""
+    pruned, expanded = select({"a": [1.0, 2.0], "b": [9.0]}, {"a": 5, "b": 5}, k=1, b=1)
+    assert (pruned, expanded) == ({"a": [0]}, {"b": 1})
+
+
+# ---- Section 3.3: resizing ----
+
+@st.composite
+def resizes(draw, max_rank=5):
+    """A layer in the middle of training, the ranks to keep and the number to add."""
+    rank = draw(st.integers(1, max_rank))
+    keep = draw(st.lists(st.integers(0, rank - 1), min_size=1, max_size=rank, unique=True))
+    n_new = draw(st.integers(0, max_rank - len(keep)))
+    torch.manual_seed(draw(seeds))
+    return randomize(SVDLinear(nn.Linear(6, 5), rank)), sorted(keep), n_new
+
+
+@given(resizes())
+def test_pruning_removes_the_pruned_triplets_and_growing_changes_nothing(case):
+    """The update after a resize is the sum of the kept triplets' s lambda_i P_i Q_i."""
+    layer, keep, n_new = case
+    P, Lambda, Q = map(array, (layer.P, layer.Lambda, layer.Q))
+    expected = layer.scaling * sum(Lambda[i] * np.outer(P[:, i], Q[i]) for i in keep)
+    x, scaling = torch.randn(3, 6), layer.scaling
+    resize(layer, keep, 0, torch.Generator(), ())
+    y = layer(x)
+    resize(layer, range(len(keep)), n_new, torch.Generator(), ())
+    np.testing.assert_allclose(array(layer.delta_weight()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(x), y, rtol=1e-6, atol=1e-5)
+    assert layer.rank == len(keep) + n_new and layer.scaling == scaling
+    assert np.array_equal(array(layer.P)[:, : len(keep)], P[:, keep])
+    assert np.array_equal(array(layer.Q)[: len(keep)], Q[keep])
+    assert np.array_equal(array(layer.Lambda), [*Lambda[keep], *[0.0] * n_new])
+
+
+@given(st.integers(1, 8), st.data(), seeds)
+def test_new_directions_are_orthonormal_and_orthogonal_to_the_present(d, data, seed):
+    """Whatever the present columns are, dependent or of any length, and up to a full basis."""
+    r = data.draw(st.integers(0, d - 1))
+    n = data.draw(st.integers(1, d - r))
+    torch.manual_seed(seed)
+    lengths = 10.0 ** torch.randint(-4, 4, (r,))
+    present = torch.randn(d, r) * lengths
+    if r > 1 and data.draw(st.booleans()):
+        present[:, 1] = 2 * present[:, 0]
+    new = array(new_directions(present, n, torch.Generator().manual_seed(seed)))
+    np.testing.assert_allclose(new.T @ new, np.eye(n), atol=1e-6)
+    units = array(present) / np.maximum(np.linalg.norm(array(present), axis=0), 1e-30)
+    np.testing.assert_allclose(units.T @ new, 0, atol=1e-6)
+
+
+def test_new_directions_leave_the_users_random_stream_alone():
+    """An adjustment draws from the allocator's own generator."""
+    model = adapted_net()
+    optimizer, allocator = training(model)
+    loss_of(model).backward()
+    optimizer.step()
+    state = torch.get_rng_state()
+    assert allocator.step().expanded
+    assert torch.equal(state, torch.get_rng_state())
+
+
+OPTIMIZERS = {
+    "momentum": (torch.optim.SGD, dict(momentum=0.9)),
+    "Adam": (torch.optim.Adam, dict(amsgrad=True)),
+    "AdamW": (torch.optim.AdamW, dict(foreach=True)),
+    "RMSprop": (torch.optim.RMSprop, {}),
+    "Adagrad": (torch.optim.Adagrad, {}),
+}
+
+
+@pytest.mark.parametrize("optimizer, options", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@given(keep=st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True).map(sorted),
+       n_new=st.integers(0, 2))
+@settings(max_examples=15)
+def test_retained_ranks_keep_optimizer_state_and_averages_to_the_bit(optimizer, options, keep, n_new):
+    """Kept ranks keep every moment and average, new ones have zeros, step counts stay."""
+    model = adapted_net(3)
+    optimizer, allocator = training(model, b=0, optimizer=optimizer, **options)
+    for step in range(3):
+        train_step(model, optimizer, allocator, step)
+    layer = model.layers[0].query
+    states = (optimizer.state, allocator.averages)
+    before = copy.deepcopy([[state[getattr(layer, f)] for f in RANK_DIM] for state in states])
+    resize(layer, keep, n_new, torch.Generator(), states)
+    after = [[state[getattr(layer, f)] for f in RANK_DIM] for state in states]
+    seen = 0
+    for old_factors, new_factors in zip(before, after):
+        for (factor, dim), old, new in zip(RANK_DIM.items(), old_factors, new_factors):
+            assert old.keys() == new.keys()
+            for key in old:
+                if not isinstance(old[key], torch.Tensor) or old[key].dim() == 0:
+                    assert old[key] == new[key]
+                    continue
+                kept, fresh = new[key].split([len(keep), n_new], dim)
+                assert torch.equal(kept, old[key].index_select(dim, torch.tensor(keep)))
+                assert old[key].abs().sum() > 0 and not fresh.any()
+                assert new[key].shape == getattr(layer, factor).shape
+                seen += 1
+    assert seen >= 9  # two averages and at least one moment for each of P, Lambda, Q
+    train_step(model, optimizer)
+
+
+def test_an_optimizer_with_state_of_other_shapes_is_refused_and_nothing_changes():
+    """Adafactor factors its second moment: the first adjustment names it and moves nothing."""
+    model = adapted_net()
+    optimizer, allocator = training(model, optimizer=torch.optim.Adafactor)
+    before = copy.deepcopy(adapter_state_dict(model))
+    loss_of(model).backward()
+    optimizer.step()
+    before = adapter_state_dict(model)
+    with pytest.raises(ValueError, match="'row_var' has shape .* such as AdamW"):
+        allocator.step()
+    assert all(torch.equal(before[key], value) for key, value in adapter_state_dict(model).items())
+
+
+# ---- Section 3.4 ----
+
+@st.composite
+def schedules(draw, shape="cubic"):
+    warmup, search, stabilize = draw(st.integers(0, 40)), draw(st.integers(1, 60)), draw(st.integers(0, 40))
+    interval, b = draw(st.integers(1, 20)), draw(st.integers(0, 200))
+    return RankSchedule(warmup + search + stabilize, warmup, stabilize, interval, b, shape)
+
+
+@given(schedules())
+def test_the_budget_is_equation_5_exactly(schedule):
+    """b (1 - P^3) in whole numbers, ties to even, at warmup + m * interval, and 0 elsewhere."""
+    span = schedule.total_steps - schedule.stabilize_steps - schedule.warmup_steps
+    for step in range(-1, schedule.total_steps + 3):
+        since = step - schedule.warmup_steps
+        expected = 0
+        if since in range(schedule.adjust_interval, span + 1, schedule.adjust_interval):
+            whole, rest = divmod(schedule.b * (span**3 - since**3), span**3)
+            expected = whole + (2 * rest > span**3 or (2 * rest == span**3 and whole % 2 == 1))
+        assert schedule.budget(step) == expected
+
+
+@given(st.sampled_from(sorted(elalora.SHAPES)).flatmap(lambda shape: schedules(shape)))
+def test_every_shape_falls_from_b_to_its_end(schedule):
+    """Budgets are in 0..b and never rise; all but the constant one are 0 where the search ends."""
+    steps = range(schedule.warmup_steps + schedule.adjust_interval, schedule.search_end + 1,
+                  schedule.adjust_interval)  # fmt: skip
+    budgets = [schedule.budget(step) for step in steps]
+    assert budgets == sorted(budgets, reverse=True)
+    assert all(0 <= b <= schedule.b for b in budgets)
+    if budgets and steps[-1] == schedule.search_end:
+        assert budgets[-1] == (schedule.b if schedule.shape == "constant" else 0)
+
+
+def test_the_other_shapes_are_their_formulas():
+    """Linear b (1 - P) in fractions; exponential b (e^-5P - e^-5) / (1 - e^-5)."""
+    linear, exponential = (RankSchedule(100, 20, 30, 1, 9, s) for s in ("linear", "exponential"))
+    for t in range(21, 71):
+        P = Fraction(t - 20, 50)
+        assert linear.budget(t) == round(9 * (1 - P))
+        share = (np.exp(-5 * float(P)) - np.exp(-5)) / (1 - np.exp(-5))
+        assert exponential.budget(t) == round(9 * share)
+
+
+TRAIN_SIZES = dict(mnli=392702, sst2=67349, cola=8551, qqp=363846, qnli=104743, rte=2490, mrpc=3668, stsb=5749)
+
+
+@pytest.mark.parametrize("task", TRAIN_SIZES)
+def test_every_row_of_table_7_searches(task):
+    """With the task's real size, the first budget is b, nearly, and the last adjustment is in time."""
+    recipe = reproduce.RECIPES[task]
+    total = recipe.epochs * -(-TRAIN_SIZES[task] // recipe.batch)
+    for b in recipe.b:
+        schedule = RankSchedule(total, recipe.warmup, recipe.stabilize, recipe.interval, b)
+        moves = {t: schedule.budget(t) for t in range(1, total + 1) if schedule.budget(t)}
+        assert min(moves) == recipe.warmup + recipe.interval and moves[min(moves)] == b
+        assert max(moves) <= total - recipe.stabilize
+        first = Fraction(recipe.interval, total - recipe.stabilize - recipe.warmup)
+        assert abs(b * (1 - first**3) - b) < Fraction(1, 2)
+
+
+@pytest.mark.parametrize("numbers, message", [
+    ((10, 5, 5, 1, 1), r"must be < total_steps, got .*total_steps=10, warmup_steps=5"),
+    ((10, 20, 5, 1, 1), "warmup_steps=20"),
+    ((10, -1, 5, 1, 1), "warmup_steps must be an integer >= 0, got -1"),
+    ((10, 1, 5, 0, 1), "adjust_interval must be an integer >= 1, got 0"),
+    ((10, 1, 5, 1, -2), "b must be an integer >= 0, got -2"),
+    ((10.5, 1, 5, 1, 2), "total_steps must be an integer >= 1, got 10.5"),
+    ((10, 1, 5, 1, 2, "cubical"), "one of cubic, linear, exponential, constant, got 'cubical'"),
+])  # fmt: skip
+def test_schedules_that_cannot_be_are_refused(numbers, message):
+    """A ValueError prints the numbers that do not fit together."""
+    with pytest.raises(ValueError, match=message):
+        RankSchedule(*numbers)
+
+
+# ---- Algorithm 1 ----
+
+class Training(RuleBasedStateMachine):
+    """Training, adjusting, saving and merging in any order keep the invariants of Algorithm 1."""
+
+    @initialize(rank=st.integers(1, 5), k=st.integers(1, 3), b=st.integers(1, 4), seed=st.integers(0, 99))
+    def start(self, rank, k, b, seed):
+        self.k, self.b, self.clock = k, b, 0
+        self.model = adapted_net(rank, seed)
+        self.total = 4 * rank
+        self.base = {n: p.clone() for n, p in self.model.named_parameters() if "base_layer" in n}
+        self.remember()
+
+    def remember(self):
+        self.optimizer, self.allocator = training(self.model, self.b, self.k)
+        self.parameters = list(self.model.parameters())
+
+    def tick(self, allocator=None):
+        self.clock += 1
+        return train_step(self.model, self.optimizer, allocator, self.clock)
+
+    @rule(steps=st.integers(1, 3))
+    def train(self, steps):
+        for _ in range(steps):
+            self.tick()
+
+    @rule()
+    def adjust(self):
+        before = self.allocator.ranks()
+        adjustment = self.tick(self.allocator)
+        assert isinstance(adjustment, Adjustment) and adjustment.step == self.allocator.t
+        for name, rank in self.allocator.ranks().items():
+            change = adjustment.expanded.get(name, 0) - len(adjustment.pruned.get(name, []))
+            assert rank == before[name] + change
+
+    @rule(rank=st.integers(1, 5))
+    def save_and_load(self, rank):
+        file = io.BytesIO()
+        states = (adapter_state_dict(self.model), self.optimizer.state_dict(), self.allocator.state_dict())
+        torch.save(states, file)
+        file.seek(0)
+        adapters, optimizer, allocator = torch.load(file, weights_only=True)
+        old = self.model
+        self.model = adapted_net(rank)
+        self.model.load_state_dict(self.base, strict=False)
+        load_adapter_state_dict(self.model, adapters)
+        self.remember()
+        self.optimizer.load_state_dict(optimizer)
+        self.allocator.load_state_dict(allocator)
+        x = torch.randn(3, 6)
+        assert torch.equal(self.model(x), old(x))
+
+    @rule()
+    def merge_a_copy(self):
+        merged, x = merge(copy.deepcopy(self.model)), torch.randn(3, 6)
+        assert not any(isinstance(module, SVDLinear) for module in merged.modules())
+        torch.testing.assert_close(merged(x), self.model(x), rtol=1e-4, atol=1e-4)
+
+    @invariant()
+    def ranks_are_within_limits_and_their_sum_never_changes(self):
+        ranks = self.allocator.ranks().values()
+        assert sum(ranks) == self.total and all(1 <= rank <= 5 for rank in ranks)
+
+    @invariant()
+    def shapes_agree(self):
+        for layer in self.allocator.layers.values():
+            d_out, d_in = layer.base_layer.weight.shape
+            shapes = {"P": (d_out, layer.rank), "Lambda": (layer.rank,), "Q": (layer.rank, d_in)}
+            for factor, shape in shapes.items():
+                w = getattr(layer, factor)
+                assert w.shape == shape and w.grad is None
+                tensors = [*self.allocator.averages[w].values(), *self.optimizer.state[w].values()]
+                assert all(t.shape == shape for t in tensors if t.dim())
+
+    @invariant()
+    def base_weights_are_unchanged_to_the_bit(self):
+        parameters = dict(self.model.named_parameters())
+        assert all(torch.equal(parameters[name], value) for name, value in self.base.items())
+
+    @invariant()
+    def parameters_are_the_same_objects(self):
+        pairs = itertools.zip_longest(self.parameters, self.model.parameters())
+        assert all(old is new for old, new in pairs)
+
+
+TestTraining = Training.TestCase
+TestTraining.settings = settings(max_examples=25, stateful_step_count=15)
+
+
+def test_algorithm_1_adjusts_at_its_steps_from_the_scores_of_that_step():
+    """step() returns an Adjustment at schedule steps alone, by select() of the scores then."""
+    model = adapted_net(3)
+    schedule = RankSchedule(30, 4, 6, 5, 3, "linear")
+    optimizer, allocator = training(model, k=2, schedule=schedule)
+    for t in range(1, 31):
+        train_step(model, optimizer, step=t)
+        loss_of(model, t).backward()
+        probe = copy.deepcopy(allocator)
+        probe.schedule = RankSchedule(30, 4, 6, 5, 0)
+        for w, own in zip(probe.factors.values(), allocator.factors.values()):
+            w.grad = own.grad.clone()
+        probe.step()
+        scores = {name: S.tolist() for name, S in probe.importance().items()}
+        adjustment = allocator.step()
+        assert (adjustment is not None) == (t in (9, 14, 19))
+        if adjustment:
+            expected = select(scores, dict.fromkeys(ADAPTED, 5), 2, schedule.budget(t))
+            assert (adjustment.pruned, adjustment.expanded) == expected
+            assert (adjustment.step, adjustment.b) == (t, schedule.budget(t))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path):
+    """Adapters, head, optimizer and allocator through a file into a model of another rank."""
+    schedule = RankSchedule(40, 3, 5, 4, 3)
+
+    def steps(model, optimizer, allocator, first, last):
+        return [train_step(model, optimizer, allocator, t) for t in range(first, last)]
+
+    whole = adapted_net(2)
+    optimizer, allocator = training(whole, schedule=schedule)
+    adjustments = steps(whole, optimizer, allocator, 0, 40)
+
+    part = adapted_net(2)
+    optimizer, allocator = training(part, schedule=schedule)
+    steps(part, optimizer, allocator, 0, 17)
+    states = (adapter_state_dict(part), optimizer.state_dict(), allocator.state_dict())
+    torch.save(states, tmp_path / "checkpoint")
+    resumed = adapted_net(5, alpha=1.0)
+    optimizer, allocator = training(resumed, schedule=schedule)
+    adapters, optimizer_state, allocator_state = torch.load(tmp_path / "checkpoint", weights_only=True)
+    load_adapter_state_dict(resumed, adapters)
+    optimizer.load_state_dict(optimizer_state)
+    allocator.load_state_dict(allocator_state)
+    assert steps(resumed, optimizer, allocator, 17, 40) == adjustments[17:]
+    assert any(adjustment and adjustment.expanded for adjustment in adjustments[17:])
+    got, expected = adapter_state_dict(resumed), adapter_state_dict(whole)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in got)
+
+
+def test_allocators_and_states_that_do_not_fit_are_refused():
+    """k, betas, a stray optimizer, foreign or misshapen states: a ValueError, and no change."""
+    model = adapted_net()
+    optimizer, allocator = training(model)
+    for arguments, message in [
+        (dict(k=0), "k must be an integer >= 1, got 0"),
+        (dict(beta1=1.0), r"in \(0, 1\), got 1.0 and 0.85"),
+        (dict(beta2=0.0), "got 0.85 and 0.0"),
+        (dict(optimizer=torch.optim.SGD(model.head.parameters())), "not hold 'layers.0.query.P'"),
+    ]:
+        arguments = dict(optimizer=optimizer, schedule=allocator.schedule, k=1) | arguments
+        with pytest.raises(ValueError, match=message):
+            RankAllocator(model, **arguments)
+    train_step(model, optimizer, allocator)
+    state, fresh = allocator.state_dict(), training(adapted_net(4))[1]
+    with pytest.raises(ValueError, match="differs in shape; call load_adapter_state_dict"):
+        fresh.load_state_dict(state)
+    assert fresh.t == 0
+    adapters = adapter_state_dict(model)
+    before = adapter_state_dict(other := adapted_net(3))
+    name = "layers.0.query"
+    for change, message in [
+        ({f"{name}.P": None}, f"missing in the state, or unknown to the model: {name}.P"),
+        ({"layers.9.query.P": torch.zeros(1)}, "unknown to the model: layers.9.query.P"),
+        ({f"{name}.P": torch.zeros(5, 9)}, rf"{name}.P has shape \[5, 9\], the model needs \[5, \d\]"),
+        ({"head.bias": torch.zeros(7)}, r"head.bias has shape \[7\], the model needs \[2\]"),
+    ]:
+        wrong = {key: value for key, value in (adapters | change).items() if value is not None}
+        with pytest.raises(ValueError, match=message):
+            load_adapter_state_dict(other, wrong)
+        assert all(torch.equal(before[key], value) for key, value in adapter_state_dict(other).items())
+
+
+# ---- Life around the allocator ----
+
+def adjusted(model, optimizer, allocator, step=0):
+    adjustment = train_step(model, optimizer, allocator, step)
+    assert adjustment.pruned and adjustment.expanded
+    return adjustment
+
+
+def test_an_old_loss_may_stay_alive_across_an_adjustment():
+    """A kept graph of before does not break the next backward."""
+    model = adapted_net()
+    optimizer, allocator = training(model)
+    adjusted(model, optimizer, allocator)
+    old = loss_of(model, 1)
+    old.backward(retain_graph=True)
+    optimizer.step()
+    assert allocator.step().expanded
+    optimizer.zero_grad()
+    adjusted(model, optimizer, allocator, 2)
+    assert old.item() > 0
+
+
+def test_lists_of_parameters_stay_good():
+    """A list made before training still clips and counts every adapter after adjustments."""
+    model = adapted_net()
+    parameters = trainable(model)
+    optimizer, allocator = training(model)
+    for step in range(3):
+        adjusted(model, optimizer, allocator, step)
+    loss_of(model, 9).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in parameters)
+    nn.utils.clip_grad_norm_(parameters, 1e-3)
+    norm = torch.cat([p.grad.flatten() for p in trainable(model)]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_gradients_of_an_old_shape_never_stay():
+    """After an adjustment, zero_grad(set_to_none=False) and accumulated gradients both go on."""
+    model = adapted_net()
+    optimizer, allocator = training(model)
+    for step in range(4):
+        for part in range(2):
+            (loss_of(model, 2 * step + part) / 2).backward()
+        optimizer.step()
+        moved = allocator.step()
+        for name in {**moved.pruned, **moved.expanded}:
+            layer = allocator.layers[name]
+            assert layer.P.grad is layer.Lambda.grad is layer.Q.grad is None
+        optimizer.zero_grad(set_to_none=False)
+
+
+def test_a_learning_rate_scheduler_keeps_its_optimizer():
+    """The rate that a scheduler sets is the rate of the next update, adjustments or not."""
+    model = adapted_net()
+    optimizer, allocator = training(model, optimizer=torch.optim.SGD, lr=0.01)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t)
+    for step in range(3):
+        adjusted(model, optimizer, allocator, step)
+        rate.step()
+    loss_of(model, 5).backward()
+    w = model.layers[0].query.P
+    expected = w - 0.01 / 8 * w.grad
+    optimizer.step()
+    torch.testing.assert_close(w, expected)
+
+
+def test_compiled_models_follow_adjustments():
+    """torch.compile(dynamic=True) gives the eager output before and after ranks moved."""
+    model = adapted_net()
+    optimizer, allocator = training(model)
+    compiled = torch.compile(model, dynamic=True, backend="aot_eager")
+    for step in range(3):
+        x = torch.randn(4, 6)
+        torch.testing.assert_close(compiled(x), model(x))
+        compiled(x).square().sum().backward()
+        optimizer.step()
+        assert allocator.step().expanded
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    """Recomputed activations see the resized factors."""
+    model = adapted_net()
+    optimizer, allocator = training(model)
+    for step in range(3):
+        x = torch.randn(4, 6, requires_grad=True)
+        y = x
+        for layer in model.layers:
+            y = checkpoint(layer, y, use_reentrant=reentrant)
+        model.head(y).square().sum().backward()
+        got = [p.grad.clone() for p in trainable(model)]
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        torch.testing.assert_close(got, [p.grad for p in trainable(model)])
+        optimizer.step()
+        assert allocator.step().expanded
+        optimizer.zero_grad()
+
+
+# ---- After training ----
+
+@given(st.lists(st.integers(1, 5), min_size=4, max_size=4), st.sampled_from(["float32", "bfloat16"]), seeds)
+def test_a_merged_model_computes_what_the_adapted_one_did(ranks, dtype, seed):
+    """W0 + s P diag(Lambda) Q, in the base's dtype, in plain nn.Linears."""
+    model = adapted_net(dict(zip(ADAPTED, ranks)), seed)
+    expected = {}
+    for name in ADAPTED:
+        layer = randomize(model.get_submodule(name))
+        layer.base_layer.to(getattr(torch, dtype))
+        expected[name] = array(layer.base_layer.weight) + array(layer.delta_weight())
+    x = torch.randn(3, 6)
+    before = model(x) if dtype == "float32" else None
+    assert merge(model) is model
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=1e-2, atol=1e-2)
+    for name in ADAPTED:
+        linear = model.get_submodule(name)
+        assert type(linear) is nn.Linear and linear.weight.dtype == getattr(torch, dtype)
+        np.testing.assert_allclose(array(linear.weight), expected[name], **tolerance)
+    if dtype == "float32":
+        torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
+    inject(model, ["query"], 1)  # what is merged can be adapted anew
+    assert not any(key.startswith("head") for key in adapter_state_dict(model))
+
+
+def test_merging_leaves_a_tied_weight_alone():
+    """A weight that an embedding shares is not changed under the embedding."""
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "out": nn.Linear(4, 7)})
+    model["out"].weight = model["embed"].weight
+    inject(model, ["out"], 2)
+    randomize(model["out"])
+    before = model["embed"].weight.clone()
+    merge(model)
+    assert torch.equal(model["embed"].weight, before)
+    assert not torch.equal(model["out"].weight, before)
+
+
+def test_adapter_state_restores_saved_modules_and_scaling():
+    """Another alpha and another head are overwritten; what comes back are copies."""
+    model = adapted_net(2, alpha=4.0)
+    optimizer, allocator = training(model)
+    adjusted(model, optimizer, allocator)
+    state = adapter_state_dict(model)
+    other = adapted_net(4, alpha=1.0)
+    nn.init.zeros_(other.head.weight)
+    load_adapter_state_dict(other, state)
+    x = torch.randn(3, 6)
+    expected = model(x)
+    assert torch.equal(other(x), expected)
+    for value in state.values():
+        value.zero_()
+    assert torch.equal(model(x), expected) and torch.equal(other(x), expected)
+
+
+# ---- The method ----
+
+def test_planted_ranks_are_found():
+    """On matrices of planted rank 6, 1, 1, 0 the residual ends below any even allocation's."""
+    torch.manual_seed(0)
+    planted, d = [6, 1, 1, 0], 16
+    model = nn.Sequential(*(nn.Linear(d, d, bias=False) for _ in planted))
+    deltas = torch.stack([nn.init.orthogonal_(torch.empty(d, d))[:, :r] @ torch.eye(d)[:r] for r in planted])
+    targets = torch.stack([layer.weight.data.clone() for layer in model]) + deltas
+    inject(model, ["0", "1", "2", "3"], 2)
+    optimizer = torch.optim.AdamW(trainable(model), 2e-2, weight_decay=0.0)
+    allocator = RankAllocator(model, optimizer, RankSchedule(500, 60, 150, 20, 1), k=1)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 500)
+    for _ in range(500):
+        x = torch.randn(32, d)
+        outputs = torch.stack([layer(x) for layer in model])
+        loss = (outputs - x @ targets.mT).square().sum(dim=-1).mean()
+        (loss + 0.1 * orthogonality_penalty(model)).backward()
+        optimizer.step()
+        allocator.step()
+        optimizer.zero_grad()
+        rate.step()
+    found = torch.stack([layer.delta_weight() for layer in model]).detach()
+    residual = ((found - deltas).square().sum() / deltas.square().sum()).item()
+    assert residual < (6 - 2) / 8  # Eckart-Young at rank 2 everywhere
+    assert residual < (6 - 5) / 8 + 0.01  # nearly the best that 8 ranks can do
+    assert list(allocator.ranks().values()) == [5, 1, 1, 1]
+
+
+# ---- reproduce.py ----
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_planted_bounds_are_what_trying_all_allocations_finds(rank, monkeypatch):
+    """The even bound, and the least residual of any ranks >= 1 of the same sum."""
+    monkeypatch.setattr(reproduce, "PLANTED", planted := {"a": 4, "b": 2, "c": 0})
+    squares = [np.linspace(1, 0.5, r) ** 2 for r in planted.values()]
+    residuals = {ranks: sum(s[r:].sum() for s, r in zip(squares, ranks)) / sum(s.sum() for s in squares)
+                 for ranks in itertools.product(range(1, 3 * rank + 1), repeat=3)
+                 if sum(ranks) == 3 * rank}  # fmt: skip
+    expected = residuals[rank, rank, rank], min(residuals.values())
+    assert reproduce.planted_bounds(rank) == pytest.approx(expected, abs=1e-6)
+
+
+def test_other_epochs_scale_the_phases_and_other_ranks_take_the_nearest_row():
+    """max(1, floor(x * epochs / the table's)); ties between rows go to the smaller rank."""
+    recipe = reproduce.scaled(reproduce.RECIPES["mrpc"], 7)
+    assert (recipe.epochs, recipe.warmup, recipe.stabilize, recipe.interval) == (7, 70, 93, 11)
+    assert reproduce.scaled(reproduce.RECIPES["mrpc"], 30) == reproduce.RECIPES["mrpc"]
+    assert reproduce.scaled(recipe._replace(interval=1), 1).interval == 1
+    assert [reproduce.nearest(r) for r in (1, 2, 3, 4, 6, 7, 8, 10, 64)] == [2, 2, 2, 4, 4, 4, 10, 10, 10]
+
+
+TSV = {
+    "header": ("index\tsentence1\tlabel\n", "no column 'sentence2'"),
+    "columns": ("index\tsentence1\tsentence2\tlabel\n0\ta\tb\n", "line 2: more or fewer than 4 columns"),
+    "label": ("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n", "line 2: the label is 'maybe', not"),
+    "empty": ("index\tsentence1\tsentence2\tlabel\n", "no examples"),
+    "nothing": ("", "no column"),
+}
+
+
+@pytest.mark.parametrize("text, message", TSV.values(), ids=TSV)
+def test_bad_tsv_files_are_named_with_line_and_reason(text, message, tmp_path):
+    """The error carries the file, the line and what would be right."""
+    path = tmp_path / "train.tsv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"train.tsv.*{message}"):
+        reproduce.read_tsv(path, reproduce.TASKS["rte"])
+
+
+def test_tsv_files_are_read_literally(tmp_path):
+    """Quotes, a byte-order mark and other line separators are text; CoLA has no header."""
+    path = tmp_path / "train.tsv"
+    path.write_bytes('\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t2\t3\t" a\u2028b\t""\r\n'.encode())
+    assert reproduce.read_tsv(path, reproduce.TASKS["mrpc"]) == ([['" a\u2028b'], ['""']], [1])
+    path.write_text("gj04\t0\t*\tThem is late.\n")
+    assert reproduce.read_tsv(path, reproduce.TASKS["cola"]) == ([["Them is late."]], [0])
+
+
+@pytest.mark.skipif(not (HERE / "../shared/glue").is_dir(), reason="needs GLUE at ../shared/glue")
+@pytest.mark.parametrize("task, train, dev", [
+    ("mrpc", 3668, 408), ("rte", 2490, 277), ("stsb", 5749, 1500), ("sst2", 67349, 872),
+])  # fmt: skip
+def test_the_real_files_have_the_published_sizes(task, train, dev):
+    """Table 6's and GLUE's numbers of examples, with all labels understood."""
+    task = reproduce.TASKS[task]
+    for stem, size in (("train", train), ("dev", dev)):
+        texts, labels = reproduce.read_tsv(HERE / "../shared/glue" / task.folder / f"{stem}.tsv", task)
+        assert {len(labels), *map(len, texts)} == {size}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model folder exactly as microsoft/deberta-v3-base on the hub, and RTE and STS-B, all tiny."""
+    import sentencepiece
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    root = tmp_path_factory.mktemp("tiny")
+    model, words = root / "deberta", "the a cat dog sat ran on under mat house red blue".split()
+    model.mkdir()
+    torch.manual_seed(0)
+    rows = [[" ".join(words[i] for i in torch.randint(12, (n,))) for n in (5, 4)] for _ in range(1950)]
+    (root / "text").write_text("\n".join(a for a, _ in rows))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(root / "text"), model_prefix=str(model / "spm"), vocab_size=40, pad_id=0, bos_id=1,
+        eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]",
+        minloglevel=2, hard_vocab_limit=False)
+    (model / "spm.vocab").unlink()
+    config = dict(
+        model_type="deberta-v2", hidden_size=16, intermediate_size=32, num_hidden_layers=2, vocab_size=64,
+        num_attention_heads=2, relative_attention=True, position_buckets=16, pos_att_type="p2c|c2p",
+        norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0, position_biased_input=False)
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    net = DebertaV2ForSequenceClassification(DebertaV2Config(**{**config, "model_type": None}))
+    encoder = {k: v.half() for k, v in net.state_dict().items() if k.startswith("deberta.")}
+    torch.save(encoder, model / "pytorch_model.bin")
+    for folder, header, label in [
+        ("RTE", "index\tsentence1\tsentence2\tlabel", lambda a: ("not_" * ("red" in a)) + "entailment"),
+        ("STS-B", "index\tsentence1\tsentence2\tscore", lambda a: f"{a.count('a') / 2:.3f}"),
+    ]:
+        (root / folder).mkdir()
+        for stem, part in (("train", rows), ("dev", rows[:40])):
+            lines = [f"{i}\t{a}\t{b}\t{label(a)}" for i, (a, b) in enumerate(part)]
+            (root / folder / f"{stem}.tsv").write_text("\n".join([header, *lines, ""]))
+    return root
+
+
+def reproduce_py(*arguments, cwd):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, HERE / "reproduce.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+@pytest.mark.parametrize("task, metrics", [("rte", ["accuracy"]), ("stsb", ["pearson", "spearman"])])
+def test_reproduce_runs_end_to_end_on_the_hubs_layout(task, metrics, tiny, tmp_path):
+    """A GLUE run from a float16 checkpoint without head and tokenizer.json writes all it promises."""
+    arguments = ["--task", task, "--rank", 3, "--epochs", 1, "--model", tiny / "deberta", "--data-dir", tiny]
+    result = reproduce_py(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Table 7 lacks rank 3: b and k are those of rank 2" in result.stdout
+    folder = tmp_path / f"runs/{task}-elalora-r3-s0"
+    names = {"results.json", "ranks.png", "importance.png", "adapter.safetensors"}
+    assert {path.name for path in folder.iterdir()} == names
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["metrics"]) == list(results["best_metrics"]) == metrics
+    assert results["total_steps"] == 31 and len(results["history"]) == 1
+    ranks = results["ranks"]
+    assert len(ranks) == 12 and sum(ranks.values()) == 36 and results["adjustments"]
+    size = {"intermediate.dense": 16 + 32, "output.dense": 32 + 16}
+    expected = sum(r * (size.get(re.sub(r".*layer\.\d+\.", "", name), 32) + 1) for name, r in ranks.items())
+    assert results["adapter_parameters"] == expected
+    head = 16 * 16 + 16 + (17 if task == "stsb" else 34)
+    assert results["trainable_parameters"] == expected + head
+    # The adapter, put on a fresh base, is the model that was measured.
+    config = Namespace(**results["arguments"])
+    recipe = reproduce.scaled(reproduce.RECIPES[task], 1)
+    problem = reproduce.glue_problem(config, recipe)
+    inject(problem.model, problem.targets, ranks, modules_to_save=problem.heads)
+    from safetensors.torch import load_file
+    load_adapter_state_dict(problem.model, load_file(folder / "adapter.safetensors"))
+    problem.model.to(reproduce.DEVICE).eval()
+    assert problem.evaluate() == pytest.approx(results["metrics"], abs=1e-3)
+    # Again: finished before. With other arguments: refused.
+    assert "finished before" in reproduce_py(*arguments, cwd=tmp_path).stdout
+    result = reproduce_py(*arguments, "--schedule", "linear", cwd=tmp_path)
+    assert result.returncode == 2 and "has schedule cubic, not linear: take another --output-dir" in result.stderr
+
+
+def test_the_loss_of_a_batch_in_parts_is_the_loss_of_the_batch(tiny):
+    """Sorting a batch by length and padding its parts apart changes neither loss nor gradient."""
+    config = Namespace(task="rte", data_dir=str(tiny), model=str(tiny / "deberta"), dtype="float32", seed=0, rank=2)
+    problem = reproduce.glue_problem(config, reproduce.RECIPES["rte"])
+    problem.model.eval()
+    parts = next(iter(problem.batches(1)))
+    assert len(parts) == (4 if reproduce.DEVICE == "cpu" else 1)
+    pad, (train, _) = reproduce.load_examples("rte", config.data_dir, config.model)
+    order = torch.randperm(len(train), generator=torch.Generator())  # any other batch as well
+    whole = pad([train[i] for i in order[:64]])
+    rows = [train[i] for i in order[:64]]
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    parts = [pad(rows[i : i + 16]) for i in range(0, 64, 16)]
+    expected = problem.model(**whole.to(reproduce.DEVICE)).loss
+    torch.testing.assert_close(problem.loss(parts), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(tiny):
+    """Whatever was drawn before, an epoch's batches are the same; other epochs and seeds differ."""
+    def order(seed, epoch):
+        config = Namespace(task="rte", data_dir=str(tiny), model=str(tiny / "deberta"),
+                           dtype="float32", seed=seed, rank=2)
+        problem = reproduce.glue_problem(config, reproduce.RECIPES["rte"])
+        torch.rand(3)
+        return [part["input_ids"].tolist() for parts in problem.batches(epoch) for part in parts]
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
+
+
+def test_planted_runs_repeat_to_the_bit_and_seeds_are_summarized(tmp_path):
+    """Two runs of a seed end alike, two seeds do not; the last lines give mean and deviation."""
+    arguments = ["--epochs", 1, "--seeds", 0, 1]
+    first = reproduce_py(*arguments, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert re.search(r"rank 4, residual: 0\.\d+ \+- 0\.\d+ \(std, 2 seeds\)", first.stdout)
+    reproduce_py(*arguments[:3], 0, "--output-dir", "again", cwd=tmp_path)
+    results = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in (
+        "runs/planted-elalora-r4-s0", "again/planted-elalora-r4-s0", "runs/planted-elalora-r4-s1")]
+    same, other, seed_1 = [(r["metrics"], r["ranks"], r["adjustments"]) for r in results]
+    assert same == other != seed_1
+    assert sum(results[0]["ranks"].values()) == 288 and results[0]["adapter_parameters"] == 288 * 129
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--task", "wnli"], "invalid choice: 'wnli'"),
+    (["--rank", "0"], "--rank and --epochs take integers >= 1"),
+    (["--rank", "four"], "invalid int value: 'four'"),
+    (["--task", "mrpc", "--data-dir", "nowhere"], "nowhere/MRPC/train.tsv is missing"),
+    (["--task", "mrpc", "--model", "./nowhere"], "nowhere is no folder with a config.json"),
+    (["--rank", "65"], "must be an integer in 1..64, got 65"),
+    (["--task", "mrpc", "--model", "some/model"], "some/model.*--model FOLDER"),
+])  # fmt: skip
+def test_bad_arguments_end_in_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    """What does not fit is named before any work, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        reproduce.main(arguments)
+    assert exit.value.code == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+    assert not list(tmp_path.iterdir())
+
+
+# ---- README.md ----
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    """Its blocks, one after the other, with a model and data in place of the reader's."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+
+    class Classifier(Net):
+        def forward(self, x):
+            logits = super().forward(x)
+            return SimpleNamespace(loss=logits.square().mean(), logits=logits)
+
+    monkeypatch.chdir(tmp_path)
+    batches = [{"x": torch.randn(4, 6)} for _ in range(1740)]
+    names = {"load_base_model": Classifier, "model": Classifier(), "loader": batches, "torch": torch}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert not any(isinstance(module, SVDLinear) for module in names["model"].modules())
+    assert math.isfinite(names["model"](torch.randn(4, 6)).loss)
