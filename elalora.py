@@ -8,7 +8,7 @@ matrices whose weakest ranks still matter gain b: the sum of the ranks never cha
 
 References
     ElaLoRA  Chang et al. 2025, arXiv:2504.00254; all sections, equations and tables cited are its
-    AdaLoRA  Zhang et al. 2023, arXiv:2303.10512; the form P Lambda Q, its regularizer, its scores
+    AdaLoRA  Zhang et al. 2023, arXiv:2303.10512; P Lambda Q, its regularizer, and its scores from
     PLATON   Zhang et al. 2022, arXiv:2206.12562; sensitivity times uncertainty
 
 Glossary         symbol   shape
@@ -43,16 +43,14 @@ RANK_DIM = {"P": 1, "Lambda": 0, "Q": 0}  # the dimension of each factor that co
 
 
 # ---- Section 3.1: SVD-based low-rank adaptation ----
-
 class SVDLinear(nn.Module):
     """A frozen linear layer and its low-rank update, y = W0 x + s P (Lambda * (Q x)) (section 3.1).
 
-    P and Q start orthonormal, Lambda at 0, all in float32; y has the dtype of the base's output. The
-    base, of weight (d_out, d_in), is frozen and only ever called, so a quantized nn.Linear will do.
-    scaling is alpha / rank, also when the rank has changed; dropout acts on x before Q. Raises
-    ValueError if base_layer is no nn.Linear or the rank is not in 1..min(d_out, d_in).
+    P and Q start orthonormal, Lambda at 0, all in float32; y has the dtype of the base's output.
+    The base, of weight (d_out, d_in), is frozen and only called, so a quantized nn.Linear will do.
+    scaling stays alpha / rank when the rank changes; dropout acts on x before Q. Raises ValueError
+    if base_layer is no nn.Linear or the rank is not in 1..min(d_out, d_in).
     """
-
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0):
         super().__init__()
         if not isinstance(base_layer, nn.Linear):
@@ -78,8 +76,7 @@ class SVDLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., d_out)
         h = nn.functional.linear(self.dropout(x).to(self.Q.dtype), self.Q)  # (..., r)
-        h = h * (self.scaling * self.Lambda)
-        return y + nn.functional.linear(h, self.P).to(y.dtype)
+        return y + nn.functional.linear(h * (self.scaling * self.Lambda), self.P).to(y.dtype)
 
     def delta_weight(self) -> Tensor:
         """The update s P diag(Lambda) Q of the weight, (d_out, d_in)."""
@@ -92,12 +89,12 @@ class SVDLinear(nn.Module):
 def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[str, int],
            alpha: float = 16.0, dropout: float = 0.0,
            modules_to_save: Sequence[str] = ()) -> nn.Module:
-    """Freezes a model and wraps its linear layers of the given names in SVDLinear; returns the model.
+    """Freezes a model and wraps its linear layers of the given names in SVDLinear; returns it.
 
-    Names match by whole components from the right: "output.dense" matches "layer.0.output.dense", "k"
-    never matches "block". rank is that of all, or a map from full module names, as
-    RankAllocator.ranks() gives; scaling is alpha / the mean rank, the same for all. modules_to_save,
-    a new head for example, are trained in full. Raises ValueError, before any change, if a name
+    Names match by whole components from the right: "output.dense" matches "layer.0.output.dense",
+    "k" never matches "block". rank is that of all, or a map from full module names, as
+    RankAllocator.ranks() gives; scaling is alpha / mean rank, the same for all. modules_to_save, a
+    new head for example, are trained in full. Raises ValueError, before any change, if a name
     matches nothing, a target is no nn.Linear or in a saved module, a rank is out of range, a map
     names other modules than the targets, or the model is adapted already.
     """
@@ -112,15 +109,14 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
             raise ValueError(f"{name!r} would be both adapted and saved; name it in one list only")
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
     if not targets or ranks.keys() != targets.keys():
-        raise ValueError(f"targets and the rank map's names differ: {sorted(ranks.keys() ^ targets)}")
+        raise ValueError(f"targets and rank map differ: {sorted(ranks.keys() ^ targets.keys())}")
     for name, module in targets.items():
         _check_rank(ranks[name], module, repr(name))
     new = {m: SVDLinear(m, ranks[name], alpha, dropout) for name, m in targets.items()}
     model.requires_grad_(False)
-    for layer in new.values():
-        layer.scaling = float(alpha * len(ranks) / sum(ranks.values()))
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:  # wherever it stands, so that a shared layer stays shared
+            new[module].scaling = float(alpha * len(ranks) / sum(ranks.values()))
             model.set_submodule(name, new[module])
     for module in saved.values():
         module.requires_grad_(True)
@@ -137,18 +133,18 @@ def _check_rank(rank: int, layer: nn.Linear, name: str) -> None:
 def _matching(model: nn.Module, names: Sequence[str], argument: str) -> dict[str, nn.Module]:
     if isinstance(names, str):
         raise ValueError(f"{argument} must be a list of names, got the string {names!r}")
-    found = {}
+    modules, found = dict(model.named_modules()), set()
     for wanted in names:
-        matches = {n: m for n, m in model.named_modules() if n and f".{n}".endswith(f".{wanted}")}
+        matches = {name for name in modules if name and f".{name}".endswith(f".{wanted}")}
         if not matches:
             raise ValueError(f"{argument}: {wanted!r} matches no module; {_linear_names(model)}")
         found |= matches
-    return found
+    return {name: module for name, module in modules.items() if name in found}
 
 
 def _linear_names(model: nn.Module) -> str:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return f"linear layers are {', '.join(names[:8]) or 'absent'}{', ...' * (len(names) > 8)}"
+    return f"linear layers are {', '.join(names[:8]) or 'absent'}{', ...' if names[8:] else ''}"
 
 
 def _adapted(model: nn.Module) -> dict[str, SVDLinear]:
@@ -169,24 +165,21 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
 
 
 # ---- Section 3.2: importance scores ----
-
 @torch.no_grad()
 def update_averages(parameters: Sequence[Tensor], averages: Mapping[Tensor, Mapping[str, Tensor]],
                     beta1: float, beta2: float) -> None:
-    """Eq. 1 and 3: w and w.grad update averages[w]["I_bar"] and ["U_bar"], of w's shape, in float32."""
-    I = torch._foreach_mul([w.float() for w in parameters], [w.grad.float() for w in parameters])
-    torch._foreach_abs_(I)  # eq. 1: I = |w dL/dw|
+    """Eq. 1 and 3: w and w.grad update averages[w]["I_bar"] and ["U_bar"], in float32, in place."""
+    wg = torch._foreach_mul([w.float() for w in parameters], [w.grad.float() for w in parameters])
+    I = torch._foreach_abs(wg)  # eq. 1
     if not torch.stack(torch._foreach_norm(I, ord=math.inf)).isfinite().all():
         return  # a step that overflowed tells nothing
     I_bar, U_bar = ([averages[w][key] for w in parameters] for key in ("I_bar", "U_bar"))
     torch._foreach_lerp_(I_bar, I, 1 - beta1)  # eq. 3: beta1 I_bar + (1 - beta1) I
-    deviation = torch._foreach_sub(I, I_bar)
-    torch._foreach_abs_(deviation)
+    deviation = torch._foreach_abs(torch._foreach_sub(I, I_bar))
     torch._foreach_lerp_(U_bar, deviation, 1 - beta2)  # beta2 U_bar + (1 - beta2) |I - I_bar|
 
 
 # ---- Section 3.3: dynamic rank learning ----
-
 def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], k: int,
            b: int) -> tuple[dict[str, list[int]], dict[str, int]]:
     """Steps 1-4 of section 3.3: which ranks go, and how many each matrix gains. A pure function.
@@ -233,18 +226,17 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     """Keeps the given ranks of a layer, in that order, and appends n_new of singular value 0.
 
     The Parameters stay the same objects. What the states (optimizer.state and its like) hold for
-    them moves along to the bit, and is 0 for new ranks: under Adam's old step count their first
-    updates are up to 6.5 times as long, and they catch up. (On planted ranks, starting from the mean
-    second moment left 1.3 to 1.7 times the residual.) Raises ValueError, before any change, if a
-    state tensor is neither a scalar nor of its parameter's shape.
+    them moves along to the bit. It is 0 for new ranks: at the old step count, Adam's first updates
+    of them are up to 6.6 times as long (betas 0.9, 0.999), so that they catch up. Raises ValueError,
+    before any change, if a state tensor is neither a scalar nor of its parameter's shape.
     """
     factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
     held = [(w, state[w], key) for w in factors for state in states for key in state.get(w, {})]
     held = [(w, slots, key) for w, slots, key in held if getattr(slots[key], "ndim", 0)]
     for w, slots, key in held:
         if slots[key].shape != w.shape:
-            raise ValueError(f"the optimizer's {key!r} has shape {list(slots[key].shape)}, its parameter "
-                             f"{list(w.shape)}; take one whose shapes agree, such as AdamW")
+            raise ValueError(f"the optimizer's {key!r} has shape {list(slots[key].shape)}, its "
+                             f"parameter {list(w.shape)}; take one of like shapes, such as AdamW")
     index = torch.tensor(keep, device=layer.Lambda.device)
     new_P = new_directions(layer.P[:, index], n_new, generator)
     new_Q = new_directions(layer.Q[index].T, n_new, generator).T
@@ -259,7 +251,6 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
 
 
 # ---- Section 3.4: dynamic rank scheduler ----
-
 SHAPES = {  # progress P in 0..1 -> share of b
     "cubic": lambda P: 1 - P**3,  # eq. 5
     "linear": lambda P: 1 - P,
@@ -270,8 +261,7 @@ SHAPES = {  # progress P in 0..1 -> share of b
 
 @dataclass(frozen=True)
 class RankSchedule:
-    """The phases of section 3.3 and b^(t) of 3.4, in optimizer steps; ValueError if inconsistent."""
-
+    """Section 3.3's phases and 3.4's b^(t), in optimizer steps; ValueError if inconsistent."""
     total_steps: int
     warmup_steps: int  # ranks stay as they are in these first ...
     stabilize_steps: int  # ... and these last steps
@@ -305,11 +295,9 @@ class RankSchedule:
 
 
 # ---- Algorithm 1 ----
-
 @dataclass(frozen=True)
 class Adjustment:
     """What one adjustment did."""
-
     step: int
     b: int  # b^(t); fewer ranks than that move only where fewer can
     pruned: dict[str, list[int]]  # module name -> indices that the removed ranks had
@@ -324,7 +312,6 @@ class RankAllocator:
     is for new directions; the global random state is never touched. Raises ValueError if a number
     is out of range or the optimizer does not hold every adapter.
     """
-
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
                  k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0):
         if not isinstance(k, int) or k < 1:
@@ -343,12 +330,11 @@ class RankAllocator:
                 raise ValueError(f"the optimizer does not hold {name!r}; make it after inject()")
             zeros = torch.zeros_like(w, dtype=torch.float32)
             self.averages[w] = {"I_bar": zeros, "U_bar": zeros.clone()}
-        self.generator = torch.Generator().manual_seed(seed)
-        self.t = 0
+        self.t, self.generator = 0, torch.Generator().manual_seed(seed)
 
     def step(self) -> Adjustment | None:
-        """One turn of Algorithm 1's loop, after optimizer.step() and before zero_grad(): returns what
-        was adjusted, if anything. Raises ValueError if there is no gradient where scores need one."""
+        """A turn of Algorithm 1's loop, after optimizer.step() and before zero_grad(); returns what
+        it adjusted, if anything. Raises ValueError if there is no gradient to score."""
         if self.t < self.schedule.search_end:
             scored = [w for w in self.factors.values() if w.grad is not None]
             if not scored:
@@ -358,15 +344,14 @@ class RankAllocator:
         b = self.schedule.budget(self.t)
         if b == 0:
             return None
-        S = iter(torch.cat(list(self.importance().values())).tolist())  # one transfer for all
-        scores = {n: [next(S) for _ in range(layer.rank)] for n, layer in self.layers.items()}
+        scores = {name: S.tolist() for name, S in self.importance().items()}
         max_ranks = {n: min(len(layer.P), layer.Q.shape[1]) for n, layer in self.layers.items()}
         pruned, expanded = select(scores, max_ranks, self.k, b)
         for name, layer in self.layers.items():
             if name in pruned or name in expanded:
                 keep = [i for i in range(layer.rank) if i not in pruned.get(name, [])]
-                states = (self.optimizer.state, self.averages)
-                resize(layer, keep, expanded.get(name, 0), self.generator, states)
+                resize(layer, keep, expanded.get(name, 0), self.generator,
+                       (self.optimizer.state, self.averages))
         return Adjustment(self.t, b, pruned, expanded)
 
     def importance(self) -> dict[str, Tensor]:
@@ -403,7 +388,6 @@ class RankAllocator:
 
 
 # ---- After training ----
-
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Adds every update to its base weight and puts the plain nn.Linear back; returns the model.

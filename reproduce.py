@@ -43,9 +43,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # ---- Table 7, and ElaLoRA's row of Table 2 in percent ----
-
 RANKS = (2, 4, 10)  # at which b, k and the paper's results are given
-Recipe = namedtuple("Recipe", "batch learning_rate epochs warmup stabilize interval b k paper")
+Recipe = namedtuple("Recipe", "batch_size learning_rate epochs warmup stabilize interval b k paper")
 RECIPES = {
     "mnli": Recipe(64, 5e-4, 5, 5000, 10000, 500, (1, 2, 4), (1, 1, 2), (89.32, 89.44, 89.51)),
     "sst2": Recipe(64, 8e-4, 20, 3000, 10000, 500, (1, 2, 4), (1, 1, 2), (95.53, 95.64, 95.87)),
@@ -86,7 +85,6 @@ class Problem:
 
 
 # ---- The planted problem ----
-
 WIDTH, STEPS_PER_EPOCH = 64, 100
 MATRICES = {  # of a DeBERTa layer, and the rank planted in each
     "attention.self.query_proj": 2, "attention.self.key_proj": 2, "attention.self.value_proj": 4,
@@ -125,7 +123,7 @@ def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
     def batches(epoch: int) -> Iterable[Tensor]:
         generator = torch.Generator().manual_seed(100_003 * config.seed + epoch)
         for _ in range(STEPS_PER_EPOCH):
-            yield torch.randn(recipe.batch, WIDTH, generator=generator).to(DEVICE)
+            yield torch.randn(recipe.batch_size, WIDTH, generator=generator).to(DEVICE)
 
     def loss(x: Tensor) -> Tensor:
         outputs = torch.stack([model.get_submodule(name)(x) for name in PLANTED])
@@ -142,7 +140,6 @@ def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
 
 
 # ---- GLUE ----
-
 # Columns on the hub and in the classic TSV files; labels as in the TSV, in the hub's order, () for
 # numbers; dev splits (name on the hub, stem of the TSV); the header of a TSV that has none.
 Task = namedtuple("Task", "folder texts tsv_texts tsv_label labels metrics dev header",
@@ -240,7 +237,7 @@ def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
     pad, (train, *devs) = load_examples(config.task, config.data_dir, config.model)
     model, targets, heads = load_model(config, len(task.labels) or 1)
     autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, config.dtype == "bfloat16")
-    loader = functools.partial(torch.utils.data.DataLoader, batch_size=recipe.batch)
+    loader = functools.partial(torch.utils.data.DataLoader, batch_size=recipe.batch_size)
 
     def by_length(rows: list) -> list:
         # On a CPU, four parts of like length take half the time: less padding, and the same loss.
@@ -273,12 +270,11 @@ def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
         return scores
 
     majority = statistics.mode(row["labels"] for row in train)
-    return Problem(model, targets, heads, math.ceil(len(train) / recipe.batch), batches, loss,
+    return Problem(model, targets, heads, math.ceil(len(train) / recipe.batch_size), batches, loss,
                    lambda: score(predict), score(lambda split: [majority] * len(split)))
 
 
 # ---- One run ----
-
 def train(problem: Problem, config: Namespace, recipe: Recipe) -> tuple:
     """A loop with Algorithm 1 in it; returns allocator, history, adjustments and scores by step."""
     model, total = problem.model, recipe.epochs * problem.steps_per_epoch
@@ -337,9 +333,10 @@ def run(config: Namespace, recipe: Recipe, folder: Path) -> dict:
         trainable_parameters=sum(p.numel() for p in problem.model.parameters() if p.requires_grad),
         total_steps=allocator.t, seconds=round(time.time() - started, 1),
         arguments=vars(config), recipe=recipe._asdict(),
-        versions=dict(torch=torch.__version__, transformers=transformers.__version__),
-        hardware=torch.cuda.get_device_name() if DEVICE == "cuda" else os.uname().machine,
-        threads=torch.get_num_threads(),
+        versions=dict(
+            torch=torch.__version__, transformers=transformers.__version__,
+            hardware=torch.cuda.get_device_name() if DEVICE == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"),
         ranks=allocator.ranks(), history=history, adjustments=adjustments,
     )
     write_run(folder, results, scores, elalora.adapter_state_dict(problem.model))
@@ -392,7 +389,6 @@ def plot_scores(scores: dict[int, list[float]], path: Path) -> None:
 
 
 # ---- What the user sees ----
-
 def describe(results: dict) -> list[str]:
     """The lines printed of a run."""
     ranks, baseline, paper = results["ranks"], results["baseline"], RECIPES[results["task"]].paper
@@ -406,10 +402,10 @@ def describe(results: dict) -> list[str]:
         majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
         lines.append(f"  {metric:<15} {value:.4f}{majority}")
     if paper and results["arguments"]["model"] == DEBERTA and results["rank"] in RANKS:
-        lines.append(f"  the paper has   {paper[RANKS.index(results['rank'])] / 100:.4f}  (Table 2)")
+        lines.append(f"  the paper:   {paper[RANKS.index(results['rank'])] / 100:.4f}  (Table 2)")
     for matrix, planted in MATRICES.items() if results["task"] == "planted" else ():
         found = statistics.fmean(ranks[f"deberta.encoder.layer.{i}.{matrix}"] for i in range(12))
-        lines.append(f"  {matrix:<25} planted {planted:>2}, found {found:>5.2f} (mean of 12 layers)")
+        lines.append(f"  {matrix:<25} planted {planted:>2}, found {found:>5.2f} (mean of layers)")
     return lines
 
 

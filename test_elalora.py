@@ -583,7 +583,7 @@ TRAIN_SIZES = dict(mnli=392702, sst2=67349, cola=8551, qqp=363846, qnli=104743, 
 def test_every_row_of_table_7_searches(task):
     """With the task's real size, the first budget is b, nearly, and the last adjustment is in time."""
     recipe = reproduce.RECIPES[task]
-    total = recipe.epochs * -(-TRAIN_SIZES[task] // recipe.batch)
+    total = recipe.epochs * -(-TRAIN_SIZES[task] // recipe.batch_size)
     for b in recipe.b:
         schedule = RankSchedule(total, recipe.warmup, recipe.stabilize, recipe.interval, b)
         moves = {t: schedule.budget(t) for t in range(1, total + 1) if schedule.budget(t)}
