@@ -227,8 +227,8 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
 
     The Parameters stay the same objects. What the states (optimizer.state and its like) hold for
     them moves along to the bit. It is 0 for new ranks: at the old step count, Adam's first updates
-    of them are up to 6.6 times as long (betas 0.9, 0.999), so that they catch up. Raises ValueError,
-    before any change, if a state tensor is neither a scalar nor of its parameter's shape.
+    of them are up to 6.6 times as long (betas 0.9, 0.999), so that they catch up. ValueError before
+    any change, if a state tensor is neither a scalar nor of its parameter's shape.
     """
     factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
     held = [(w, state[w], key) for w in factors for state in states for key in state.get(w, {})]

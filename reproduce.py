@@ -54,7 +54,7 @@ RECIPES = {
     "rte": Recipe(64, 1.2e-3, 50, 300, 500, 50, (1, 4, 8), (1, 2, 4), (85.92, 87.36, 88.81)),
     "mrpc": Recipe(64, 5e-4, 30, 300, 400, 50, (2, 2, 4), (1, 1, 2), (90.44, 90.44, 88.98)),
     "stsb": Recipe(64, 5e-3, 25, 300, 300, 150, (3, 4, 8), (1, 2, 4), (90.61, 91.10, 91.59)),
-    "planted": Recipe(32, 1e-2, 10, 100, 300, 20, (8, 8, 8), (2, 2, 2), None),  # ours
+    "planted": Recipe(32, 2e-2, 10, 100, 300, 20, (6, 6, 6), (1, 1, 1), None),  # ours
 }
 
 
@@ -105,6 +105,9 @@ def planted_bounds(rank: int) -> tuple[float, float]:
 
 def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
     """72 frozen random W0, each to regress W0 + Delta*, of known rank, from Gaussian inputs."""
+    even, best = planted_bounds(config.rank)
+    if even == best:
+        raise ValueError(f"--rank {config.rank}: 2 to 11 leave a choice of where to put the ranks")
     model, deltas = nn.Module(), []
     for name, r in PLANTED.items():
         *path, last = name.split(".")
@@ -118,7 +121,6 @@ def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
     model.to(DEVICE)
     delta = torch.stack(deltas).to(DEVICE)  # (72, 64, 64)
     target = delta + torch.stack([model.get_submodule(name).weight.data for name in PLANTED])
-    even, best = planted_bounds(config.rank)
 
     def batches(epoch: int) -> Iterable[Tensor]:
         generator = torch.Generator().manual_seed(100_003 * config.seed + epoch)
@@ -381,8 +383,8 @@ def plot_scores(scores: dict[int, list[float]], path: Path) -> None:
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
     logs = [[math.log10(score) for score in values if score > 0] for values in scores.values()]
-    when = [f"after {phase}" for phase in ("warm-up", "the rank search")]
-    axis.hist(logs, bins=40, histtype="stepfilled", alpha=0.6, label=when[: len(logs)])
+    labels = ["after warm-up", "after the rank search"][: len(logs)]
+    axis.hist(logs, bins=40, histtype="stepfilled", alpha=0.6, label=labels)
     axis.set(xlabel="log10 of the importance score S", ylabel="ranks")
     axis.legend()
     figure.savefig(path, dpi=110)
@@ -402,7 +404,7 @@ def describe(results: dict) -> list[str]:
         majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
         lines.append(f"  {metric:<15} {value:.4f}{majority}")
     if paper and results["arguments"]["model"] == DEBERTA and results["rank"] in RANKS:
-        lines.append(f"  the paper:   {paper[RANKS.index(results['rank'])] / 100:.4f}  (Table 2)")
+        lines.append(f"  Table 2 has     {paper[RANKS.index(results['rank'])] / 100:.4f}")
     for matrix, planted in MATRICES.items() if results["task"] == "planted" else ():
         found = statistics.fmean(ranks[f"deberta.encoder.layer.{i}.{matrix}"] for i in range(12))
         lines.append(f"  {matrix:<25} planted {planted:>2}, found {found:>5.2f} (mean of layers)")
@@ -411,10 +413,9 @@ def describe(results: dict) -> list[str]:
 
 def summarize(finished: list[dict]) -> list[str]:
     """Mean and standard deviation of the last epoch over the seeds of each rank."""
-    lines, by_rank = [], {}
-    for results in finished:
-        by_rank.setdefault(results["rank"], []).append(results["metrics"])
-    for rank, runs in by_rank.items():
+    lines = []
+    for rank in dict.fromkeys(results["rank"] for results in finished):
+        runs = [results["metrics"] for results in finished if results["rank"] == rank]
         for metric in runs[0] if len(runs) > 1 else ():
             values = [run[metric] for run in runs]
             mean, std = statistics.fmean(values), statistics.stdev(values)
@@ -445,7 +446,7 @@ def check_files(args: Namespace) -> None:
     """Names what is missing before anything is loaded."""
     task = TASKS[args.task]
     for stem in ("train", *(stem for _, stem in task.dev)) if args.data_dir else ():
-        if not (path := Path(args.data_dir) / task.folder / f"{stem}.tsv").is_file():
+        if not (path := Path(args.data_dir, task.folder, f"{stem}.tsv")).is_file():
             raise ValueError(f"--data-dir: {path} is missing")
     local = args.model.startswith((".", "/", "~")) or Path(args.model).exists()
     if local and not (Path(args.model) / "config.json").is_file():

@@ -29,9 +29,20 @@ from torch.utils.checkpoint import checkpoint
 import elalora
 import reproduce
 from elalora import (
-    RANK_DIM, Adjustment, RankAllocator, RankSchedule, SVDLinear, adapter_state_dict, inject,
-    load_adapter_state_dict, merge, new_directions, orthogonality_penalty, resize, select,
-)  # fmt: skip
+    RANK_DIM,
+    Adjustment,
+    RankAllocator,
+    RankSchedule,
+    SVDLinear,
+    adapter_state_dict,
+    inject,
+    load_adapter_state_dict,
+    merge,
+    new_directions,
+    orthogonality_penalty,
+    resize,
+    select,
+)
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
@@ -109,6 +120,7 @@ def array(tensor):
 
 # ---- Section 3.1 ----
 
+
 @given(st.integers(1, 7), st.integers(1, 7), st.data(), seeds)
 def test_the_layer_computes_its_formula(d_out, d_in, data, seed):
     """y = W0 x + bias + s P (Lambda * (Q x)), and delta_weight() is that update's matrix."""
@@ -117,9 +129,12 @@ def test_the_layer_computes_its_formula(d_out, d_in, data, seed):
     layer = randomize(SVDLinear(nn.Linear(d_in, d_out), rank, alpha=3.0))
     x = torch.randn(2, 3, d_in)
     P, Lambda, Q, W, bias = map(
-        array, (layer.P, layer.Lambda, layer.Q, layer.base_layer.weight, layer.base_layer.bias))
+        array, (layer.P, layer.Lambda, layer.Q, layer.base_layer.weight, layer.base_layer.bias)
+    )
     delta = 3.0 / rank * P @ np.diag(Lambda) @ Q
-    np.testing.assert_allclose(array(layer(x)), array(x) @ (W + delta).T + bias, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        array(layer(x)), array(x) @ (W + delta).T + bias, rtol=1e-4, atol=1e-4
+    )
     np.testing.assert_allclose(array(layer.delta_weight()), delta, rtol=1e-4, atol=1e-4)
 
 
@@ -143,8 +158,10 @@ def test_the_penalty_is_the_mean_of_section_3_1(ranks, seed):
     for name in ADAPTED:
         layer = randomize(model.get_submodule(name))
         P, Q = array(layer.P), array(layer.Q)
-        expected += [np.linalg.norm(P.T @ P - np.eye(layer.rank)) ** 2
-                     + np.linalg.norm(Q @ Q.T - np.eye(layer.rank)) ** 2]
+        expected += [
+            np.linalg.norm(P.T @ P - np.eye(layer.rank)) ** 2
+            + np.linalg.norm(Q @ Q.T - np.eye(layer.rank)) ** 2
+        ]
     np.testing.assert_allclose(orthogonality_penalty(model).item(), np.mean(expected), rtol=1e-5)
 
 
@@ -281,6 +298,7 @@ def test_what_is_adapted_is_not_adapted_again_and_what_is_not_is_named():
 
 # ---- Section 3.2 ----
 
+
 class Scores:
     """Eq. 1-3 in NumPy float64 for one parameter."""
 
@@ -330,7 +348,7 @@ def test_importance_follows_equations_1_to_3(data, beta1, beta2, seed):
 
 
 def test_averages_stay_after_the_search_and_steps_are_counted_on():
-    """Averages move up to total - stabilize, gradients or not afterwards, and t counts every step."""
+    """Averages move up to total - stabilize; t counts every step, with gradients or without."""
     model = adapted_net()
     optimizer, allocator = training(model, schedule=RankSchedule(9, 1, 4, 2, 0))
     for step in range(9):
@@ -352,12 +370,18 @@ def test_a_step_without_any_gradient_is_an_error_that_counts_for_nothing():
 
 # ---- Section 3.3: selection ----
 
+
 def brute_force(scores, max_ranks, k, b):
-    """The definition, by trying all subsets: the largest n, the least to prune, the greatest to grow."""
-    keyed = {(S, order, i): name
-             for order, (name, values) in enumerate(scores.items()) for i, S in enumerate(values)}
+    """By trying all subsets: the largest n, the n least to prune, the n greatest to grow."""
+    keyed = {
+        (S, order, i): name
+        for order, (name, values) in enumerate(scores.items())
+        for i, S in enumerate(values)
+    }
+
     def lowest(name, count):
         return sorted(key for key, owner in keyed.items() if owner == name)[:count]
+
     candidates = [key for name in scores for key in lowest(name, k)]
     prunable = [key for name in scores for key in lowest(name, min(k, len(scores[name]) - 1))]
     for n in range(b, 0, -1):
@@ -376,12 +400,11 @@ def brute_force(scores, max_ranks, k, b):
             if all(rank[name] <= max_ranks[name] for name in grown):
                 growths.append(sorted(subset, reverse=True))
         if growths:
+            pruned = {
+                keyed[key]: sorted(k[2] for k in gone if keyed[k] == keyed[key]) for key in gone
+            }
             names = [keyed[key] for key in max(growths)]
-            pruned = {name: sorted(i for _, _, i in gone if keyed[_, _, i] == name) for name in ()}
-            for key in gone:
-                pruned.setdefault(keyed[key], []).append(key[2])
-            return ({name: sorted(indices) for name, indices in pruned.items()},
-                    {name: names.count(name) for name in names})
+            return pruned, {name: names.count(name) for name in names}
     return {}, {}
 
 
@@ -422,6 +445,7 @@ def test_a_matrix_at_rank_1_can_grow():
 
 
 # ---- Section 3.3: resizing ----
+
 
 @st.composite
 def resizes(draw, max_rank=5):
@@ -488,10 +512,12 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("optimizer, options", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@given(keep=st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True).map(sorted),
-       n_new=st.integers(0, 2))
+@given(
+    keep=st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True).map(sorted),
+    n_new=st.integers(0, 2),
+)
 @settings(max_examples=15)
-def test_retained_ranks_keep_optimizer_state_and_averages_to_the_bit(optimizer, options, keep, n_new):
+def test_retained_ranks_keep_optimizer_state_to_the_bit(optimizer, options, keep, n_new):
     """Kept ranks keep every moment and average, new ones have zeros, step counts stay."""
     model = adapted_net(3)
     optimizer, allocator = training(model, b=0, optimizer=optimizer, **options)
@@ -534,9 +560,14 @@ def test_an_optimizer_with_state_of_other_shapes_is_refused_and_nothing_changes(
 
 # ---- Section 3.4 ----
 
+
 @st.composite
 def schedules(draw, shape="cubic"):
-    warmup, search, stabilize = draw(st.integers(0, 40)), draw(st.integers(1, 60)), draw(st.integers(0, 40))
+    warmup, search, stabilize = (
+        draw(st.integers(0, 40)),
+        draw(st.integers(1, 60)),
+        draw(st.integers(0, 40)),
+    )
     interval, b = draw(st.integers(1, 20)), draw(st.integers(0, 200))
     return RankSchedule(warmup + search + stabilize, warmup, stabilize, interval, b, shape)
 
@@ -557,8 +588,11 @@ def test_the_budget_is_equation_5_exactly(schedule):
 @given(st.sampled_from(sorted(elalora.SHAPES)).flatmap(lambda shape: schedules(shape)))
 def test_every_shape_falls_from_b_to_its_end(schedule):
     """Budgets are in 0..b and never rise; all but the constant one are 0 where the search ends."""
-    steps = range(schedule.warmup_steps + schedule.adjust_interval, schedule.search_end + 1,
-                  schedule.adjust_interval)  # fmt: skip
+    steps = range(
+        schedule.warmup_steps + schedule.adjust_interval,
+        schedule.search_end + 1,
+        schedule.adjust_interval,
+    )
     budgets = [schedule.budget(step) for step in steps]
     assert budgets == sorted(budgets, reverse=True)
     assert all(0 <= b <= schedule.b for b in budgets)
@@ -576,12 +610,14 @@ def test_the_other_shapes_are_their_formulas():
         assert exponential.budget(t) == round(9 * share)
 
 
-TRAIN_SIZES = dict(mnli=392702, sst2=67349, cola=8551, qqp=363846, qnli=104743, rte=2490, mrpc=3668, stsb=5749)
+TRAIN_SIZES = dict(
+    mnli=392702, sst2=67349, cola=8551, qqp=363846, qnli=104743, rte=2490, mrpc=3668, stsb=5749
+)
 
 
 @pytest.mark.parametrize("task", TRAIN_SIZES)
 def test_every_row_of_table_7_searches(task):
-    """With the task's real size, the first budget is b, nearly, and the last adjustment is in time."""
+    """With the task's real size the first budget is b, and the last adjustment is in time."""
     recipe = reproduce.RECIPES[task]
     total = recipe.epochs * -(-TRAIN_SIZES[task] // recipe.batch_size)
     for b in recipe.b:
@@ -593,15 +629,18 @@ def test_every_row_of_table_7_searches(task):
         assert abs(b * (1 - first**3) - b) < Fraction(1, 2)
 
 
-@pytest.mark.parametrize("numbers, message", [
-    ((10, 5, 5, 1, 1), r"must be < total_steps, got .*total_steps=10, warmup_steps=5"),
-    ((10, 20, 5, 1, 1), "warmup_steps=20"),
-    ((10, -1, 5, 1, 1), "warmup_steps must be an integer >= 0, got -1"),
-    ((10, 1, 5, 0, 1), "adjust_interval must be an integer >= 1, got 0"),
-    ((10, 1, 5, 1, -2), "b must be an integer >= 0, got -2"),
-    ((10.5, 1, 5, 1, 2), "total_steps must be an integer >= 1, got 10.5"),
-    ((10, 1, 5, 1, 2, "cubical"), "one of cubic, linear, exponential, constant, got 'cubical'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        ((10, 5, 5, 1, 1), r"must be < total_steps, got .*total_steps=10, warmup_steps=5"),
+        ((10, 20, 5, 1, 1), "warmup_steps=20"),
+        ((10, -1, 5, 1, 1), "warmup_steps must be an integer >= 0, got -1"),
+        ((10, 1, 5, 0, 1), "adjust_interval must be an integer >= 1, got 0"),
+        ((10, 1, 5, 1, -2), "b must be an integer >= 0, got -2"),
+        ((10.5, 1, 5, 1, 2), "total_steps must be an integer >= 1, got 10.5"),
+        ((10, 1, 5, 1, 2, "cubical"), "one of cubic, linear, exponential, constant, got 'cubical'"),
+    ],
+)
 def test_schedules_that_cannot_be_are_refused(numbers, message):
     """A ValueError prints the numbers that do not fit together."""
     with pytest.raises(ValueError, match=message):
@@ -610,10 +649,13 @@ def test_schedules_that_cannot_be_are_refused(numbers, message):
 
 # ---- Algorithm 1 ----
 
+
 class Training(RuleBasedStateMachine):
     """Training, adjusting, saving and merging in any order keep the invariants of Algorithm 1."""
 
-    @initialize(rank=st.integers(1, 5), k=st.integers(1, 3), b=st.integers(1, 4), seed=st.integers(0, 99))
+    @initialize(
+        rank=st.integers(1, 5), k=st.integers(1, 3), b=st.integers(1, 4), seed=st.integers(0, 99)
+    )
     def start(self, rank, k, b, seed):
         self.k, self.b, self.clock = k, b, 0
         self.model = adapted_net(rank, seed)
@@ -646,7 +688,11 @@ class Training(RuleBasedStateMachine):
     @rule(rank=st.integers(1, 5))
     def save_and_load(self, rank):
         file = io.BytesIO()
-        states = (adapter_state_dict(self.model), self.optimizer.state_dict(), self.allocator.state_dict())
+        states = (
+            adapter_state_dict(self.model),
+            self.optimizer.state_dict(),
+            self.allocator.state_dict(),
+        )
         torch.save(states, file)
         file.seek(0)
         adapters, optimizer, allocator = torch.load(file, weights_only=True)
@@ -737,7 +783,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path):
     torch.save(states, tmp_path / "checkpoint")
     resumed = adapted_net(5, alpha=1.0)
     optimizer, allocator = training(resumed, schedule=schedule)
-    adapters, optimizer_state, allocator_state = torch.load(tmp_path / "checkpoint", weights_only=True)
+    adapters, optimizer_state, allocator_state = torch.load(
+        tmp_path / "checkpoint", weights_only=True
+    )
     load_adapter_state_dict(resumed, adapters)
     optimizer.load_state_dict(optimizer_state)
     allocator.load_state_dict(allocator_state)
@@ -772,16 +820,22 @@ def test_allocators_and_states_that_do_not_fit_are_refused():
     for change, message in [
         ({f"{name}.P": None}, f"missing in the state, or unknown to the model: {name}.P"),
         ({"layers.9.query.P": torch.zeros(1)}, "unknown to the model: layers.9.query.P"),
-        ({f"{name}.P": torch.zeros(5, 9)}, rf"{name}.P has shape \[5, 9\], the model needs \[5, \d\]"),
+        (
+            {f"{name}.P": torch.zeros(5, 9)},
+            rf"{name}.P has shape \[5, 9\], the model needs \[5, \d\]",
+        ),
         ({"head.bias": torch.zeros(7)}, r"head.bias has shape \[7\], the model needs \[2\]"),
     ]:
         wrong = {key: value for key, value in (adapters | change).items() if value is not None}
         with pytest.raises(ValueError, match=message):
             load_adapter_state_dict(other, wrong)
-        assert all(torch.equal(before[key], value) for key, value in adapter_state_dict(other).items())
+        assert all(
+            torch.equal(before[key], value) for key, value in adapter_state_dict(other).items()
+        )
 
 
 # ---- Life around the allocator ----
+
 
 def adjusted(model, optimizer, allocator, step=0):
     adjustment = train_step(model, optimizer, allocator, step)
@@ -883,7 +937,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
 
 # ---- After training ----
 
-@given(st.lists(st.integers(1, 5), min_size=4, max_size=4), st.sampled_from(["float32", "bfloat16"]), seeds)
+
+@given(
+    st.lists(st.integers(1, 5), min_size=4, max_size=4),
+    st.sampled_from(["float32", "bfloat16"]),
+    seeds,
+)
 def test_a_merged_model_computes_what_the_adapted_one_did(ranks, dtype, seed):
     """W0 + s P diag(Lambda) Q, in the base's dtype, in plain nn.Linears."""
     model = adapted_net(dict(zip(ADAPTED, ranks)), seed)
@@ -937,12 +996,15 @@ def test_adapter_state_restores_saved_modules_and_scaling():
 
 # ---- The method ----
 
+
 def test_planted_ranks_are_found():
     """On matrices of planted rank 6, 1, 1, 0 the residual ends below any even allocation's."""
     torch.manual_seed(0)
     planted, d = [6, 1, 1, 0], 16
     model = nn.Sequential(*(nn.Linear(d, d, bias=False) for _ in planted))
-    deltas = torch.stack([nn.init.orthogonal_(torch.empty(d, d))[:, :r] @ torch.eye(d)[:r] for r in planted])
+    deltas = torch.stack(
+        [nn.init.orthogonal_(torch.empty(d, d))[:, :r] @ torch.eye(d)[:r] for r in planted]
+    )
     targets = torch.stack([layer.weight.data.clone() for layer in model]) + deltas
     inject(model, ["0", "1", "2", "3"], 2)
     optimizer = torch.optim.AdamW(trainable(model), 2e-2, weight_decay=0.0)
@@ -966,14 +1028,17 @@ def test_planted_ranks_are_found():
 
 # ---- reproduce.py ----
 
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_planted_bounds_are_what_trying_all_allocations_finds(rank, monkeypatch):
     """The even bound, and the least residual of any ranks >= 1 of the same sum."""
     monkeypatch.setattr(reproduce, "PLANTED", planted := {"a": 4, "b": 2, "c": 0})
     squares = [np.linspace(1, 0.5, r) ** 2 for r in planted.values()]
-    residuals = {ranks: sum(s[r:].sum() for s, r in zip(squares, ranks)) / sum(s.sum() for s in squares)
-                 for ranks in itertools.product(range(1, 3 * rank + 1), repeat=3)
-                 if sum(ranks) == 3 * rank}  # fmt: skip
+    residuals = {
+        ranks: sum(s[r:].sum() for s, r in zip(squares, ranks)) / sum(s.sum() for s in squares)
+        for ranks in itertools.product(range(1, 3 * rank + 1), repeat=3)
+        if sum(ranks) == 3 * rank
+    }
     expected = residuals[rank, rank, rank], min(residuals.values())
     assert reproduce.planted_bounds(rank) == pytest.approx(expected, abs=1e-6)
 
@@ -984,13 +1049,29 @@ def test_other_epochs_scale_the_phases_and_other_ranks_take_the_nearest_row():
     assert (recipe.epochs, recipe.warmup, recipe.stabilize, recipe.interval) == (7, 70, 93, 11)
     assert reproduce.scaled(reproduce.RECIPES["mrpc"], 30) == reproduce.RECIPES["mrpc"]
     assert reproduce.scaled(recipe._replace(interval=1), 1).interval == 1
-    assert [reproduce.nearest(r) for r in (1, 2, 3, 4, 6, 7, 8, 10, 64)] == [2, 2, 2, 4, 4, 4, 10, 10, 10]
+    assert [reproduce.nearest(r) for r in (1, 2, 3, 4, 6, 7, 8, 10, 64)] == [
+        2,
+        2,
+        2,
+        4,
+        4,
+        4,
+        10,
+        10,
+        10,
+    ]
 
 
 TSV = {
     "header": ("index\tsentence1\tlabel\n", "no column 'sentence2'"),
-    "columns": ("index\tsentence1\tsentence2\tlabel\n0\ta\tb\n", "line 2: more or fewer than 4 columns"),
-    "label": ("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n", "line 2: the label is 'maybe', not"),
+    "columns": (
+        "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n",
+        "line 2: more or fewer than 4 columns",
+    ),
+    "label": (
+        "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n",
+        "line 2: the label is 'maybe', not",
+    ),
     "empty": ("index\tsentence1\tsentence2\tlabel\n", "no examples"),
     "nothing": ("", "no column"),
 }
@@ -1008,27 +1089,36 @@ def test_bad_tsv_files_are_named_with_line_and_reason(text, message, tmp_path):
 def test_tsv_files_are_read_literally(tmp_path):
     """Quotes, a byte-order mark and other line separators are text; CoLA has no header."""
     path = tmp_path / "train.tsv"
-    path.write_bytes('\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t2\t3\t" a\u2028b\t""\r\n'.encode())
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    path.write_bytes((header + '1\t2\t3\t" a\u2028b\t""\r\n').encode())
     assert reproduce.read_tsv(path, reproduce.TASKS["mrpc"]) == ([['" a\u2028b'], ['""']], [1])
     path.write_text("gj04\t0\t*\tThem is late.\n")
     assert reproduce.read_tsv(path, reproduce.TASKS["cola"]) == ([["Them is late."]], [0])
 
 
 @pytest.mark.skipif(not (HERE / "../shared/glue").is_dir(), reason="needs GLUE at ../shared/glue")
-@pytest.mark.parametrize("task, train, dev", [
-    ("mrpc", 3668, 408), ("rte", 2490, 277), ("stsb", 5749, 1500), ("sst2", 67349, 872),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, train, dev",
+    [
+        ("mrpc", 3668, 408),
+        ("rte", 2490, 277),
+        ("stsb", 5749, 1500),
+        ("sst2", 67349, 872),
+    ],
+)
 def test_the_real_files_have_the_published_sizes(task, train, dev):
     """Table 6's and GLUE's numbers of examples, with all labels understood."""
     task = reproduce.TASKS[task]
     for stem, size in (("train", train), ("dev", dev)):
-        texts, labels = reproduce.read_tsv(HERE / "../shared/glue" / task.folder / f"{stem}.tsv", task)
+        texts, labels = reproduce.read_tsv(
+            HERE / "../shared/glue" / task.folder / f"{stem}.tsv", task
+        )
         assert {len(labels), *map(len, texts)} == {size}
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A model folder exactly as microsoft/deberta-v3-base on the hub, and RTE and STS-B, all tiny."""
+    """A model folder as microsoft/deberta-v3-base on the hub, and RTE and STS-B, all tiny."""
     import sentencepiece
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
@@ -1036,24 +1126,52 @@ def tiny(tmp_path_factory):
     model, words = root / "deberta", "the a cat dog sat ran on under mat house red blue".split()
     model.mkdir()
     torch.manual_seed(0)
-    rows = [[" ".join(words[i] for i in torch.randint(12, (n,))) for n in (5, 4)] for _ in range(1950)]
+    rows = [
+        [" ".join(words[i] for i in torch.randint(12, (n,))) for n in (5, 4)] for _ in range(1950)
+    ]
     (root / "text").write_text("\n".join(a for a, _ in rows))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(root / "text"), model_prefix=str(model / "spm"), vocab_size=40, pad_id=0, bos_id=1,
-        eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]",
-        minloglevel=2, hard_vocab_limit=False)
+        input=str(root / "text"),
+        model_prefix=str(model / "spm"),
+        vocab_size=40,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="[PAD]",
+        bos_piece="[CLS]",
+        eos_piece="[SEP]",
+        unk_piece="[UNK]",
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     (model / "spm.vocab").unlink()
     config = dict(
-        model_type="deberta-v2", hidden_size=16, intermediate_size=32, num_hidden_layers=2, vocab_size=64,
-        num_attention_heads=2, relative_attention=True, position_buckets=16, pos_att_type="p2c|c2p",
-        norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0, position_biased_input=False)
+        model_type="deberta-v2",
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        vocab_size=64,
+        num_attention_heads=2,
+        relative_attention=True,
+        position_buckets=16,
+        pos_att_type="p2c|c2p",
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        type_vocab_size=0,
+        position_biased_input=False,
+    )
     (model / "config.json").write_text(json.dumps(config))
     (model / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
     net = DebertaV2ForSequenceClassification(DebertaV2Config(**{**config, "model_type": None}))
     encoder = {k: v.half() for k, v in net.state_dict().items() if k.startswith("deberta.")}
     torch.save(encoder, model / "pytorch_model.bin")
     for folder, header, label in [
-        ("RTE", "index\tsentence1\tsentence2\tlabel", lambda a: ("not_" * ("red" in a)) + "entailment"),
+        (
+            "RTE",
+            "index\tsentence1\tsentence2\tlabel",
+            lambda a: ("not_" * ("red" in a)) + "entailment",
+        ),
         ("STS-B", "index\tsentence1\tsentence2\tscore", lambda a: f"{a.count('a') / 2:.3f}"),
     ]:
         (root / folder).mkdir()
@@ -1069,10 +1187,23 @@ def reproduce_py(*arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("task, metrics", [("rte", ["accuracy"]), ("stsb", ["pearson", "spearman"])])
+@pytest.mark.parametrize(
+    "task, metrics", [("rte", ["accuracy"]), ("stsb", ["pearson", "spearman"])]
+)
 def test_reproduce_runs_end_to_end_on_the_hubs_layout(task, metrics, tiny, tmp_path):
-    """A GLUE run from a float16 checkpoint without head and tokenizer.json writes all it promises."""
-    arguments = ["--task", task, "--rank", 3, "--epochs", 1, "--model", tiny / "deberta", "--data-dir", tiny]
+    """A run from a float16 checkpoint without head and tokenizer.json writes all it promises."""
+    arguments = [
+        "--task",
+        task,
+        "--rank",
+        3,
+        "--epochs",
+        1,
+        "--model",
+        tiny / "deberta",
+        "--data-dir",
+        tiny,
+    ]
     result = reproduce_py(*arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Table 7 lacks rank 3: b and k are those of rank 2" in result.stdout
@@ -1085,7 +1216,9 @@ def test_reproduce_runs_end_to_end_on_the_hubs_layout(task, metrics, tiny, tmp_p
     ranks = results["ranks"]
     assert len(ranks) == 12 and sum(ranks.values()) == 36 and results["adjustments"]
     size = {"intermediate.dense": 16 + 32, "output.dense": 32 + 16}
-    expected = sum(r * (size.get(re.sub(r".*layer\.\d+\.", "", name), 32) + 1) for name, r in ranks.items())
+    expected = sum(
+        r * (size.get(re.sub(r".*layer\.\d+\.", "", name), 32) + 1) for name, r in ranks.items()
+    )
     assert results["adapter_parameters"] == expected
     head = 16 * 16 + 16 + (17 if task == "stsb" else 34)
     assert results["trainable_parameters"] == expected + head
@@ -1095,40 +1228,50 @@ def test_reproduce_runs_end_to_end_on_the_hubs_layout(task, metrics, tiny, tmp_p
     problem = reproduce.glue_problem(config, recipe)
     inject(problem.model, problem.targets, ranks, modules_to_save=problem.heads)
     from safetensors.torch import load_file
+
     load_adapter_state_dict(problem.model, load_file(folder / "adapter.safetensors"))
     problem.model.to(reproduce.DEVICE).eval()
     assert problem.evaluate() == pytest.approx(results["metrics"], abs=1e-3)
     # Again: finished before. With other arguments: refused.
     assert "finished before" in reproduce_py(*arguments, cwd=tmp_path).stdout
     result = reproduce_py(*arguments, "--schedule", "linear", cwd=tmp_path)
-    assert result.returncode == 2 and "has schedule cubic, not linear: take another --output-dir" in result.stderr
+    assert result.returncode == 2
+    assert "has schedule cubic, not linear: take another --output-dir" in result.stderr
+
+
+def rte_problem(tiny, seed=0):
+    config = dict(task="rte", data_dir=str(tiny), model=str(tiny / "deberta"), dtype="float32")
+    return reproduce.glue_problem(Namespace(**config, seed=seed, rank=2), reproduce.RECIPES["rte"])
 
 
 def test_the_loss_of_a_batch_in_parts_is_the_loss_of_the_batch(tiny):
     """Sorting a batch by length and padding its parts apart changes neither loss nor gradient."""
-    config = Namespace(task="rte", data_dir=str(tiny), model=str(tiny / "deberta"), dtype="float32", seed=0, rank=2)
-    problem = reproduce.glue_problem(config, reproduce.RECIPES["rte"])
+    problem = rte_problem(tiny)
     problem.model.eval()
     parts = next(iter(problem.batches(1)))
     assert len(parts) == (4 if reproduce.DEVICE == "cpu" else 1)
-    pad, (train, _) = reproduce.load_examples("rte", config.data_dir, config.model)
-    order = torch.randperm(len(train), generator=torch.Generator())  # any other batch as well
-    whole = pad([train[i] for i in order[:64]])
-    rows = [train[i] for i in order[:64]]
-    rows.sort(key=lambda row: len(row["input_ids"]))
-    parts = [pad(rows[i : i + 16]) for i in range(0, 64, 16)]
-    expected = problem.model(**whole.to(reproduce.DEVICE)).loss
-    torch.testing.assert_close(problem.loss(parts), expected, rtol=1e-4, atol=1e-5)
+    pad, _ = reproduce.load_examples("rte", str(tiny), str(tiny / "deberta"))
+    rows = [
+        {
+            key: values[i][part["attention_mask"][i].bool()] if key != "labels" else values[i]
+            for key, values in part.items()
+        }
+        for part in parts
+        for i in range(len(part["labels"]))
+    ]
+    assert len(rows) == 64
+    loss = problem.loss(parts)
+    expected = problem.model(**pad(rows[::-1]).to(reproduce.DEVICE)).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(tiny):
     """Whatever was drawn before, an epoch's batches are the same; other epochs and seeds differ."""
+
     def order(seed, epoch):
-        config = Namespace(task="rte", data_dir=str(tiny), model=str(tiny / "deberta"),
-                           dtype="float32", seed=seed, rank=2)
-        problem = reproduce.glue_problem(config, reproduce.RECIPES["rte"])
-        torch.rand(3)
-        return [part["input_ids"].tolist() for parts in problem.batches(epoch) for part in parts]
+        batches = rte_problem(tiny, seed).batches(epoch)
+        return [part["input_ids"].tolist() for parts in batches for part in parts]
+
     assert order(0, 1) == order(0, 1)
     assert order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
 
@@ -1140,23 +1283,36 @@ def test_planted_runs_repeat_to_the_bit_and_seeds_are_summarized(tmp_path):
     assert first.returncode == 0, first.stderr
     assert re.search(r"rank 4, residual: 0\.\d+ \+- 0\.\d+ \(std, 2 seeds\)", first.stdout)
     reproduce_py(*arguments[:3], 0, "--output-dir", "again", cwd=tmp_path)
-    results = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in (
-        "runs/planted-elalora-r4-s0", "again/planted-elalora-r4-s0", "runs/planted-elalora-r4-s1")]
+    results = [
+        json.loads((tmp_path / folder / "results.json").read_text())
+        for folder in (
+            "runs/planted-elalora-r4-s0",
+            "again/planted-elalora-r4-s0",
+            "runs/planted-elalora-r4-s1",
+        )
+    ]
     same, other, seed_1 = [(r["metrics"], r["ranks"], r["adjustments"]) for r in results]
     assert same == other != seed_1
-    assert sum(results[0]["ranks"].values()) == 288 and results[0]["adapter_parameters"] == 288 * 129
+    assert (
+        sum(results[0]["ranks"].values()) == 288 and results[0]["adapter_parameters"] == 288 * 129
+    )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--task", "wnli"], "invalid choice: 'wnli'"),
-    (["--rank", "0"], "--rank and --epochs take integers >= 1"),
-    (["--rank", "four"], "invalid int value: 'four'"),
-    (["--task", "mrpc", "--data-dir", "nowhere"], "nowhere/MRPC/train.tsv is missing"),
-    (["--task", "mrpc", "--model", "./nowhere"], "nowhere is no folder with a config.json"),
-    (["--rank", "65"], "must be an integer in 1..64, got 65"),
-    (["--task", "mrpc", "--model", "some/model"], "some/model.*--model FOLDER"),
-])  # fmt: skip
-def test_bad_arguments_end_in_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--task", "wnli"], "invalid choice: 'wnli'"),
+        (["--rank", "0"], "--rank and --epochs take integers >= 1"),
+        (["--rank", "four"], "invalid int value: 'four'"),
+        (["--task", "mrpc", "--data-dir", "nowhere"], "nowhere/MRPC/train.tsv is missing"),
+        (["--task", "mrpc", "--model", "./nowhere"], "nowhere is no folder with a config.json"),
+        (["--rank", "12"], "--rank 12: 2 to 11 leave a choice"),
+        (["--task", "mrpc", "--model", "some/model"], "some/model.*--model FOLDER"),
+    ],
+)
+def test_bad_arguments_end_in_one_line_and_exit_code_2(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
     """What does not fit is named before any work, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
@@ -1167,6 +1323,7 @@ def test_bad_arguments_end_in_one_line_and_exit_code_2(arguments, message, tmp_p
 
 
 # ---- README.md ----
+
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     """Its blocks, one after the other, with a model and data in place of the reader's."""
@@ -1180,7 +1337,12 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     batches = [{"x": torch.randn(4, 6)} for _ in range(1740)]
-    names = {"load_base_model": Classifier, "model": Classifier(), "loader": batches, "torch": torch}
+    names = {
+        "load_base_model": Classifier,
+        "model": Classifier(),
+        "loader": batches,
+        "torch": torch,
+    }
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert not any(isinstance(module, SVDLinear) for module in names["model"].modules())
