@@ -4,7 +4,7 @@ A frozen weight W0 is fine-tuned through W = W0 + s P diag(Lambda) Q. While it t
 column of P, its singular value, its row of Q) is scored by its smoothed sensitivity times the
 uncertainty of that. At scheduled steps the b least important ranks of all matrices are pruned, and
 matrices whose weakest ranks still matter gain b: the sum of the ranks never changes. Needs torch
->= 2.11 alone. Not here: a training loop (ten lines, in the README), support for sharded parameters.
+alone, >= 2.11. Not here: a training loop (ten lines, in the README), and sharded parameters.
 
 References
     ElaLoRA  Chang et al. 2025, arXiv:2504.00254; all sections, equations and tables cited are its

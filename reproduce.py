@@ -220,7 +220,7 @@ def compute_metrics(names: Iterable[str], predicted: list, labels: list) -> dict
 
 
 def load_model(config: Namespace, num_labels: int) -> tuple[nn.Module, list[str], list[str]]:
-    """An encoder with a new head, the six matrices of a layer to adapt (Figure 2), and the head."""
+    """An encoder with a new head, and the names of the matrices to adapt (Figure 2) and the head."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         config.model, num_labels=num_labels,
         dtype=torch.float32)  # not the checkpoint's: DeBERTaV3's float16 is NaN after a step
@@ -242,7 +242,7 @@ def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
     loader = functools.partial(torch.utils.data.DataLoader, batch_size=recipe.batch_size)
 
     def by_length(rows: list) -> list:
-        # On a CPU, four parts of like length take half the time: less padding, and the same loss.
+        # On a CPU, four parts of like length need less padding, so less time, for the same loss.
         rows = sorted(rows, key=lambda row: len(row["input_ids"]))
         size = math.ceil(len(rows) / (4 if DEVICE == "cpu" else 1))
         return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
@@ -303,7 +303,8 @@ def train(problem: Problem, config: Namespace, recipe: Recipe) -> tuple:
             optimizer.zero_grad()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise ValueError(f"loss {losses[-1]} at step {allocator.t}: try --dtype float32")
+                raise ValueError(f"loss {losses[-1]} at step {allocator.t}: try --dtype float32 or "
+                                 "another seed")
             if adjustment:
                 adjustments.append(asdict(adjustment))
                 shown["b"] = adjustment.b
@@ -383,8 +384,8 @@ def plot_scores(scores: dict[int, list[float]], path: Path) -> None:
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
     logs = [[math.log10(score) for score in values if score > 0] for values in scores.values()]
-    labels = ["after warm-up", "after the rank search"][: len(logs)]
-    axis.hist(logs, bins=40, histtype="stepfilled", alpha=0.6, label=labels)
+    axis.hist(logs, bins=40, histtype="stepfilled", alpha=0.6,
+              label=["after warm-up", "after the rank search"][: len(logs)])
     axis.set(xlabel="log10 of the importance score S", ylabel="ranks")
     axis.legend()
     figure.savefig(path, dpi=110)
@@ -394,12 +395,12 @@ def plot_scores(scores: dict[int, list[float]], path: Path) -> None:
 def describe(results: dict) -> list[str]:
     """The lines printed of a run."""
     ranks, baseline, paper = results["ranks"], results["baseline"], RECIPES[results["task"]].paper
-    spread = f"from {min(ranks.values())} to {max(ranks.values())}"
+    sizes = sorted(ranks.values())
     lines = [
         "{task}, rank {rank}, seed {seed}: {total_steps} steps, {seconds:.0f} s".format(**results),
-        f"  {results['adapter_parameters']:,} adapter parameters, "
-        f"{results['trainable_parameters']:,} trained with the head",
-        f"  {len(ranks)} matrices, total rank {sum(ranks.values())}, {spread} each"]
+        "  {adapter_parameters:,} adapter parameters, {trainable_parameters:,} in all trained"
+        .format(**results),
+        f"  {len(ranks)} matrices of total rank {sum(sizes)}, from {sizes[0]} to {sizes[-1]}"]
     for metric, value in results["metrics"].items():
         majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
         lines.append(f"  {metric:<15} {value:.4f}{majority}")
@@ -449,7 +450,7 @@ def check_files(args: Namespace) -> None:
         if not (path := Path(args.data_dir, task.folder, f"{stem}.tsv")).is_file():
             raise ValueError(f"--data-dir: {path} is missing")
     local = args.model.startswith((".", "/", "~")) or Path(args.model).exists()
-    if local and not (Path(args.model) / "config.json").is_file():
+    if local and not Path(args.model, "config.json").is_file():
         raise ValueError(f"--model: {args.model} is no folder with a config.json")
 
 
