@@ -220,7 +220,7 @@ def compute_metrics(names: Iterable[str], predicted: list, labels: list) -> dict
 
 
 def load_model(config: Namespace, num_labels: int) -> tuple[nn.Module, list[str], list[str]]:
-    """An encoder with a new head, and the names of the matrices to adapt (Figure 2) and the head."""
+    """An encoder with a new head, the names of the matrices to adapt (Figure 2), and of the head."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         config.model, num_labels=num_labels,
         dtype=torch.float32)  # not the checkpoint's: DeBERTaV3's float16 is NaN after a step
@@ -303,8 +303,7 @@ def train(problem: Problem, config: Namespace, recipe: Recipe) -> tuple:
             optimizer.zero_grad()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise ValueError(f"loss {losses[-1]} at step {allocator.t}: try --dtype float32 or "
-                                 "another seed")
+                raise ValueError(f"loss {losses[-1]} at step {allocator.t}: try float32, another seed")
             if adjustment:
                 adjustments.append(asdict(adjustment))
                 shown["b"] = adjustment.b
