@@ -220,7 +220,7 @@ def compute_metrics(names: Iterable[str], predicted: list, labels: list) -> dict
 
 
 def load_model(config: Namespace, num_labels: int) -> tuple[nn.Module, list[str], list[str]]:
-    """An encoder with a new head, the names of the matrices to adapt (Figure 2), and of the head."""
+    """An encoder with a new head; the names of the matrices to adapt (Figure 2); the head's."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         config.model, num_labels=num_labels,
         dtype=torch.float32)  # not the checkpoint's: DeBERTaV3's float16 is NaN after a step
@@ -301,15 +301,15 @@ def train(problem: Problem, config: Namespace, recipe: Recipe) -> tuple:
             rate.step()
             adjustment = allocator.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise ValueError(f"loss {losses[-1]} at step {allocator.t}: try float32, another seed")
+            losses.append(value := loss.item())
+            if not math.isfinite(value):
+                raise ValueError(f"loss {value} at step {allocator.t}: try float32, or another seed")
             if adjustment:
                 adjustments.append(asdict(adjustment))
                 shown["b"] = adjustment.b
             if allocator.t in (schedule.warmup_steps, schedule.search_end):
                 scores[allocator.t] = torch.cat(list(allocator.importance().values())).tolist()
-            shown |= dict(loss=f"{losses[-1]:.3f}", rank=sum(allocator.ranks().values()))
+            shown |= dict(loss=f"{value:.3f}", rank=sum(allocator.ranks().values()))
             bar.set_postfix(shown, refresh=False)
             bar.update()
         model.eval()
