@@ -303,7 +303,7 @@ def train(problem: Problem, config: Namespace, recipe: Recipe) -> tuple:
             optimizer.zero_grad()
             losses.append(value := loss.item())
             if not math.isfinite(value):
-                raise ValueError(f"loss {value} at step {allocator.t}: try float32, or another seed")
+                raise ValueError(f"loss {value} at step {allocator.t}: try float32 or another seed")
             if adjustment:
                 adjustments.append(asdict(adjustment))
                 shown["b"] = adjustment.b
