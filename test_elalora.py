@@ -8,7 +8,6 @@ import copy
 import io
 import itertools
 import json
-import math
 import os
 import re
 import subprocess
@@ -1193,20 +1192,12 @@ def reproduce_py(*arguments, cwd):
 @pytest.mark.parametrize(
     "task, metrics", [("rte", ["accuracy"]), ("stsb", ["pearson", "spearman"])]
 )
-def test_reproduce_runs_end_to_end_on_the_hubs_layout(task, metrics, tiny, tmp_path):
+def test_reproduce_runs_end_to_end_on_the_hubs_layout(
+    task, metrics, tiny, tmp_path, monkeypatch, capsys
+):
     """A run from a float16 checkpoint without head and tokenizer.json writes all it promises."""
-    arguments = [
-        "--task",
-        task,
-        "--rank",
-        3,
-        "--epochs",
-        1,
-        "--model",
-        tiny / "deberta",
-        "--data-dir",
-        tiny,
-    ]
+    arguments = ["--task", task, "--rank", 3, "--epochs", 1]
+    arguments += ["--model", tiny / "deberta", "--data-dir", tiny]
     result = reproduce_py(*arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Table 7 lacks rank 3: b and k are those of rank 2" in result.stdout
@@ -1236,10 +1227,13 @@ def test_reproduce_runs_end_to_end_on_the_hubs_layout(task, metrics, tiny, tmp_p
     problem.model.to(reproduce.DEVICE).eval()
     assert problem.evaluate() == pytest.approx(results["metrics"], abs=1e-3)
     # Again: finished before. With other arguments: refused.
-    assert "finished before" in reproduce_py(*arguments, cwd=tmp_path).stdout
-    result = reproduce_py(*arguments, "--schedule", "linear", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "has schedule cubic, not linear: take another --output-dir" in result.stderr
+    monkeypatch.chdir(tmp_path)
+    reproduce.main(list(map(str, arguments)))
+    assert "finished before" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        reproduce.main([*map(str, arguments), "--schedule", "linear"])
+    message = "has schedule cubic, not linear: take another --output-dir"
+    assert message in capsys.readouterr().err
 
 
 def rte_problem(tiny, seed=0):
@@ -1279,26 +1273,23 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(tiny):
     assert order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
 
 
-def test_planted_runs_repeat_to_the_bit_and_seeds_are_summarized(tmp_path):
+def test_planted_runs_repeat_to_the_bit_and_seeds_are_summarized(tmp_path, monkeypatch, capsys):
     """Two runs of a seed end alike, two seeds do not; the last lines give mean and deviation."""
-    arguments = ["--epochs", 1, "--seeds", 0, 1]
-    first = reproduce_py(*arguments, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert re.search(r"rank 4, residual: 0\.\d+ \+- 0\.\d+ \(std, 2 seeds\)", first.stdout)
-    reproduce_py(*arguments[:3], 0, "--output-dir", "again", cwd=tmp_path)
-    results = [
-        json.loads((tmp_path / folder / "results.json").read_text())
-        for folder in (
-            "runs/planted-elalora-r4-s0",
-            "again/planted-elalora-r4-s0",
-            "runs/planted-elalora-r4-s1",
-        )
-    ]
+    monkeypatch.chdir(tmp_path)
+    reproduce.main(["--epochs", "1", "--seeds", "0", "1"])
+    pattern = r"rank 4, residual: 0\.\d+ \+- 0\.\d+ \(std, 2 seeds\)"
+    assert re.search(pattern, capsys.readouterr().out)
+    reproduce.main(["--epochs", "1", "--output-dir", "again"])
+    folders = (
+        "runs/planted-elalora-r4-s0",
+        "again/planted-elalora-r4-s0",
+        "runs/planted-elalora-r4-s1",
+    )
+    results = [json.loads(Path(folder, "results.json").read_text()) for folder in folders]
     same, other, seed_1 = [(r["metrics"], r["ranks"], r["adjustments"]) for r in results]
     assert same == other != seed_1
-    assert (
-        sum(results[0]["ranks"].values()) == 288 and results[0]["adapter_parameters"] == 288 * 129
-    )
+    assert sum(results[0]["ranks"].values()) == 288
+    assert results[0]["adapter_parameters"] == 288 * 129
 
 
 @pytest.mark.parametrize(
@@ -1356,7 +1347,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert not any(isinstance(module, SVDLinear) for module in names["model"].modules())
-    assert math.isfinite(names["model"](torch.randn(4, 6)).loss)
+    assert names["model"](torch.randn(4, 6)).loss.isfinite()
 
 
 RUNS = sorted(HERE.glob("results/*/results.json"))
