@@ -60,10 +60,10 @@ class SVDLinear(nn.Module):
             raise ValueError(f"alpha must be positive, got {alpha!r}")
         d_out, d_in = base_layer.out_features, base_layer.in_features
         device = base_layer.weight.device
-        # Drawn on the CPU and moved, so that one seed starts alike on every device.
-        self.P = nn.Parameter(nn.init.orthogonal_(torch.empty(d_out, rank).float()).to(device))
-        self.Lambda = nn.Parameter(torch.zeros(rank, dtype=torch.float32, device=device))
-        self.Q = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, d_in).float()).to(device))
+        cpu = dict(dtype=torch.float32, device="cpu")  # there a seed starts alike for all devices
+        self.P = nn.Parameter(nn.init.orthogonal_(torch.empty(d_out, rank, **cpu)).to(device))
+        self.Lambda = nn.Parameter(torch.zeros(rank, **cpu).to(device))
+        self.Q = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, d_in, **cpu)).to(device))
         self.dropout = nn.Dropout(dropout)
         self.scaling = float(alpha / rank)
         self.base_layer = base_layer.requires_grad_(False)
@@ -168,7 +168,7 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
 @torch.no_grad()
 def update_averages(parameters: Sequence[Tensor], averages: Mapping[Tensor, Mapping[str, Tensor]],
                     beta1: float, beta2: float) -> None:
-    """Eq. 1 and 3: w and w.grad update averages[w]["I_bar"] and ["U_bar"], in float32, in place."""
+    """Eq. 1 and 3: w (after the update) and w.grad move averages[w]["I_bar"] and ["U_bar"]."""
     wg = torch._foreach_mul([w.float() for w in parameters], [w.grad.float() for w in parameters])
     I = torch._foreach_abs(wg)  # eq. 1
     if not torch.stack(torch._foreach_norm(I, ord=math.inf)).isfinite().all():
@@ -184,9 +184,9 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
            b: int) -> tuple[dict[str, list[int]], dict[str, int]]:
     """Steps 1-4 of section 3.3: which ranks go, and how many each matrix gains. A pure function.
 
-    As many come as go: the most, up to b, that leave every rank in 1..max_ranks. A matrix loses at
-    most k and gains at most k. Ties go by the order of the matrices, then by index. From the scores
-    S_i of every matrix to the ascending indices to prune, and the numbers to add, per matrix.
+    As many come as go: the most, up to b, for which candidates suffice and every rank stays in
+    1..max_ranks. A matrix loses and gains at most k. Equal scores are sorted by matrix, then index.
+    From the scores S_i of each matrix to the indices it loses, ascending, and the number it gains.
     """
     candidates, prunable = [], []
     for order, (name, S) in enumerate(scores.items()):
@@ -212,10 +212,10 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
 def new_directions(present: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Algorithm 1's Gram-Schmidt: n random orthonormal columns orthogonal to the present ones.
 
-    The first columns of the QR factor of [present, random] span whatever present spans, orthonormal
-    or not. In float64 on the CPU, where the generator lives. present: (d, r), n <= d - r -> (d, n).
+    The first r columns of the QR factor of [present, random] contain the span of present, be it
+    orthonormal or not. In float64 on the CPU. From present (d, r) and n <= d - r to (d, n).
     """
-    random = torch.randn(len(present), n, dtype=torch.float64, generator=generator)
+    random = torch.randn(len(present), n, dtype=torch.float64, device="cpu", generator=generator)
     orthonormal, _ = torch.linalg.qr(torch.cat([present.cpu().double(), random], dim=1))
     return orthonormal[:, present.shape[1] :].to(present)
 
@@ -299,7 +299,7 @@ class RankSchedule:
 class Adjustment:
     """What one adjustment did."""
     step: int
-    b: int  # b^(t); fewer ranks than that move only where fewer can
+    b: int  # b^(t); fewer ranks are moved if select() finds no more
     pruned: dict[str, list[int]]  # module name -> indices that the removed ranks had
     expanded: dict[str, int]  # module name -> number of ranks added
 
@@ -307,10 +307,9 @@ class Adjustment:
 class RankAllocator:
     """Algorithm 1: moves ranks between the matrices of an injected model while it trains.
 
-    The optimizer must keep its state in its parameters' shapes, as Adam does. A matrix loses and
-    gains at most k ranks at a time. beta1, beta2 smooth sensitivity, uncertainty (eq. 3). The seed
-    is for new directions; the global random state is never touched. Raises ValueError if a number
-    is out of range or the optimizer does not hold every adapter.
+    The optimizer must keep state in its parameters' shapes, as Adam does. For k see select(); beta1
+    and beta2 smooth sensitivity and uncertainty (eq. 3); seed is for new directions alone. Raises
+    ValueError if a number is out of range or the optimizer does not hold every adapter.
     """
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
                  k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0):
@@ -330,11 +329,11 @@ class RankAllocator:
                 raise ValueError(f"the optimizer does not hold {name!r}; make it after inject()")
             zeros = torch.zeros_like(w, dtype=torch.float32)
             self.averages[w] = {"I_bar": zeros, "U_bar": zeros.clone()}
-        self.t, self.generator = 0, torch.Generator().manual_seed(seed)
+        self.t, self.generator = 0, torch.Generator("cpu").manual_seed(seed)
 
     def step(self) -> Adjustment | None:
-        """A turn of Algorithm 1's loop, after optimizer.step() and before zero_grad(); returns what
-        it adjusted, if anything. Raises ValueError if there is no gradient to score."""
+        """A turn of Algorithm 1's loop, once per optimizer.step(), after it and before zero_grad().
+        Returns what it adjusted, None where b^(t) = 0. Raises ValueError without any gradient."""
         if self.t < self.schedule.search_end:
             scored = [w for w in self.factors.values() if w.grad is not None]
             if not scored:
@@ -390,7 +389,7 @@ class RankAllocator:
 # ---- After training ----
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Adds every update to its base weight and puts the plain nn.Linear back; returns the model.
+    """Adds every update to its base weight, puts the frozen nn.Linear back; returns the model.
 
     Raises ValueError, before any change, if a weight is not floating point (quantized, that is).
     """
@@ -432,6 +431,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     layers, present = _adapted(model), adapter_state_dict(model)
     if wrong := sorted(present.keys() ^ state.keys()):
         raise ValueError(f"missing in the state, or unknown to the model: {', '.join(wrong[:8])}")
+    for name, layer in layers.items():
+        _check_rank(state[f"{name}.Lambda"].numel(), layer.base_layer, repr(name))
     for key, value in present.items():
         shape, (name, _, factor) = list(value.shape), key.rpartition(".")
         if name in layers and factor in RANK_DIM:

@@ -106,7 +106,7 @@ def planted_bounds(rank: int) -> tuple[float, float]:
 def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
     """72 frozen random W0, each to regress W0 + Delta*, of known rank, from Gaussian inputs."""
     even, best = planted_bounds(config.rank)
-    if even == best:
+    if not 1 < config.rank < max(PLANTED.values()):
         raise ValueError(f"--rank {config.rank}: 2 to 11 leave a choice of where to put the ranks")
     model, deltas = nn.Module(), []
     for name, r in PLANTED.items():
@@ -191,7 +191,6 @@ def read_tsv(path: Path, task: Task) -> tuple[list[list[str]], list[float]]:
 def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable, list[list[dict]]]:
     """What pads a batch, and the tokenized examples of the training and dev splits."""
     task = TASKS[name]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     if data_dir:
         stems = ("train", *(stem for _, stem in task.dev))
         splits = [read_tsv(Path(data_dir) / task.folder / f"{stem}.tsv", task) for stem in stems]
@@ -199,7 +198,7 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
         hub = datasets.load_dataset(GLUE, name)
         parts = [hub[split] for split in ("train", *(split for split, _ in task.dev))]
         splits = [([list(p[column]) for column in task.texts], list(p["label"])) for p in parts]
-    examples = []
+    tokenizer, examples = transformers.AutoTokenizer.from_pretrained(model), []
     for texts, labels in splits:
         encoding = tokenizer(*texts, truncation=True, max_length=MAX_TOKENS)
         columns = {**encoding, "labels": labels}
@@ -299,7 +298,7 @@ def train(problem: Problem, config: Namespace, recipe: Recipe) -> tuple:
             nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
             rate.step()
-            adjustment = allocator.step()
+            adjustment = allocator.step()  # Algorithm 1
             optimizer.zero_grad()
             losses.append(value := loss.item())
             if not math.isfinite(value):
@@ -437,7 +436,8 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     add("--output-dir", default="runs", help="default: runs")
     args = parser.parse_args(argv)
-    if min(*args.rank, args.epochs or 1, *(seed + 1 for seed in args.seeds)) < 1:
+    epochs = 1 if args.epochs is None else args.epochs
+    if min(*args.rank, epochs, *(seed + 1 for seed in args.seeds)) < 1:
         parser.error("--rank and --epochs take integers >= 1, --seeds integers >= 0")
     return args
 

@@ -192,6 +192,15 @@ class Quantized(nn.Linear):
         return x @ (self.weight.to(x.dtype) / 10) + self.bias
 
 
+def test_the_default_device_does_not_matter():
+    """Factors and new directions are drawn on the CPU and live where their base does."""
+    with torch.device("meta"):
+        layer = SVDLinear(nn.Linear(6, 5, device="cpu"), 2)
+        resize(layer, [0], 3, torch.Generator("cpu"), ())
+        assert SVDLinear(nn.Linear(6, 5), 2).P.is_meta
+    assert orthogonality_penalty(layer).item() < 1e-10 and layer.rank == 4
+
+
 def test_quantized_bases_adapt_but_do_not_merge():
     """Only base_layer(x) is called; merging into integers is refused and changes nothing."""
     model = inject(nn.Sequential(Quantized(6, 5)), ["0"], 2)
@@ -825,6 +834,7 @@ def test_allocators_and_states_that_do_not_fit_are_refused():
             {f"{name}.P": torch.zeros(5, 9)},
             rf"{name}.P has shape \[5, 9\], the model needs \[5, \d\]",
         ),
+        ({f"{name}.Lambda": torch.zeros(0)}, f"'{name}' must be an integer in 1..5, got 0"),
         ({"head.bias": torch.zeros(7)}, r"head.bias has shape \[7\], the model needs \[2\]"),
     ]:
         wrong = {key: value for key, value in (adapters | change).items() if value is not None}
@@ -1300,6 +1310,8 @@ def test_planted_runs_repeat_to_the_bit_and_seeds_are_summarized(tmp_path, monke
         (["--rank", "four"], "invalid int value: 'four'"),
         (["--task", "mrpc", "--data-dir", "nowhere"], "nowhere/MRPC/train.tsv is missing"),
         (["--task", "mrpc", "--model", "./nowhere"], "nowhere is no folder with a config.json"),
+        (["--rank", "1"], "--rank 1: 2 to 11 leave a choice"),
+        (["--epochs", "0"], "--rank and --epochs take integers >= 1"),
         (["--rank", "12"], "--rank 12: 2 to 11 leave a choice"),
     ],
 )
