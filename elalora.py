@@ -60,7 +60,7 @@ class SVDLinear(nn.Module):
             raise ValueError(f"alpha must be positive, got {alpha!r}")
         d_out, d_in = base_layer.out_features, base_layer.in_features
         device = base_layer.weight.device
-        cpu = dict(dtype=torch.float32, device="cpu")  # there a seed starts alike for all devices
+        cpu = dict(dtype=torch.float32, device="cpu")  # so a seed starts alike on any device
         self.P = nn.Parameter(nn.init.orthogonal_(torch.empty(d_out, rank, **cpu)).to(device))
         self.Lambda = nn.Parameter(torch.zeros(rank, **cpu).to(device))
         self.Q = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, d_in, **cpu)).to(device))
@@ -109,7 +109,7 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
             raise ValueError(f"{name!r} would be both adapted and saved; name it in one list only")
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
     if not targets or ranks.keys() != targets.keys():
-        raise ValueError(f"targets and rank map differ: {sorted(ranks.keys() ^ targets.keys())}")
+        raise ValueError(f"no targets, or a rank map for others: {sorted(ranks.keys() ^ targets)}")
     for name, module in targets.items():
         _check_rank(ranks[name], module, repr(name))
     new = {m: SVDLinear(m, ranks[name], alpha, dropout) for name, m in targets.items()}
@@ -126,7 +126,7 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
 
 def _check_rank(rank: int, layer: nn.Linear, name: str) -> None:
     limit = min(layer.out_features, layer.in_features)
-    if not isinstance(rank, int) or not 1 <= rank <= limit:
+    if type(rank) is not int or not 1 <= rank <= limit:  # not True either
         raise ValueError(f"the rank of {name} must be an integer in 1..{limit}, got {rank!r}")
 
 
