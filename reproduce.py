@@ -395,10 +395,10 @@ def describe(results: dict) -> list[str]:
     ranks, baseline, paper = results["ranks"], results["baseline"], RECIPES[results["task"]].paper
     sizes = sorted(ranks.values())
     lines = [
-        "{task}, rank {rank}, seed {seed}: {total_steps} steps, {seconds:.0f} s".format(**results),
+        "{task}, rank {rank}, seed {seed}: {total_steps} steps, {seconds:.0f} s\n"
         "  {adapter_parameters:,} adapter parameters, {trainable_parameters:,} in all trained"
-        .format(**results),
-        f"  {len(ranks)} matrices of total rank {sum(sizes)}, from {sizes[0]} to {sizes[-1]}"]
+        .format(**results), f"  {len(ranks)} matrices of total rank {sum(sizes)}, from {sizes[0]} to "
+        f"{sizes[-1]} after {len(results['adjustments'])} adjustments"]
     for metric, value in results["metrics"].items():
         majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
         lines.append(f"  {metric:<15} {value:.4f}{majority}")
