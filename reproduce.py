@@ -397,8 +397,8 @@ def describe(results: dict) -> list[str]:
     lines = [
         "{task}, rank {rank}, seed {seed}: {total_steps} steps, {seconds:.0f} s\n"
         "  {adapter_parameters:,} adapter parameters, {trainable_parameters:,} in all trained"
-        .format(**results), f"  {len(ranks)} matrices of total rank {sum(sizes)}, from {sizes[0]} to "
-        f"{sizes[-1]} after {len(results['adjustments'])} adjustments"]
+        .format(**results), f"  {len(ranks)} matrices, total rank {sum(sizes)}, {sizes[0]} to "
+        f"{sizes[-1]} each after {len(results['adjustments'])} adjustments"]
     for metric, value in results["metrics"].items():
         majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
         lines.append(f"  {metric:<15} {value:.4f}{majority}")
