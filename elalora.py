@@ -444,7 +444,5 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         for factor in RANK_DIM:
             w = getattr(layer, factor)
             w.grad = None
-            w.set_(state[f"{name}.{factor}"].to(w, copy=True))
-    for name, module in model.named_modules():
-        if getattr(module, "elalora_saved", False):
-            module.load_state_dict({key: state[f"{name}.{key}"] for key in module.state_dict()})
+            w.set_(w.new_empty(state[f"{name}.{factor}"].shape))
+    model.load_state_dict(state, strict=False)  # all but the scalings, which it does not know

@@ -25,10 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import datasets
 import safetensors.torch
-import scipy.stats
-import sklearn.metrics
 import torch
 import tqdm
 import transformers
@@ -105,9 +102,9 @@ def planted_bounds(rank: int) -> tuple[float, float]:
 
 def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
     """72 frozen random W0, each to regress W0 + Delta*, of known rank, from Gaussian inputs."""
-    even, best = planted_bounds(config.rank)
     if not 1 < config.rank < max(PLANTED.values()):
         raise ValueError(f"--rank {config.rank}: 2 to 11 leave a choice of where to put the ranks")
+    even, best = planted_bounds(config.rank)
     model, deltas = nn.Module(), []
     for name, r in PLANTED.items():
         *path, last = name.split(".")
@@ -143,14 +140,15 @@ def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
 
 # ---- GLUE ----
 # Columns on the hub and in the classic TSV files; labels as in the TSV, in the hub's order, () for
-# numbers; dev splits (name on the hub, stem of the TSV); the header of a TSV that has none.
-Task = namedtuple("Task", "folder texts tsv_texts tsv_label labels metrics dev header",
-                  defaults=(("0", "1"), ("accuracy",), (("validation", "dev"),), None))
+# numbers; splits (name on the hub, stem of the TSV), dev last; the header of a TSV that has none.
+SPLITS = (("train", "train"), ("validation", "dev"))
+MNLI_SPLITS = SPLITS[:1] + tuple((f"validation_{m}", f"dev_{m}") for m in ("matched", "mismatched"))
+Task = namedtuple("Task", "folder texts tsv_texts tsv_label labels metrics splits header",
+                  defaults=(("0", "1"), ("accuracy",), SPLITS, None))
 PAIR, NLI = ("sentence1", "sentence2"), ("entailment", "not_entailment")
-MNLI_DEV = (("validation_matched", "dev_matched"), ("validation_mismatched", "dev_mismatched"))
 TASKS = {
     "mnli": Task("MNLI", ("premise", "hypothesis"), PAIR, "gold_label",
-                 ("entailment", "neutral", "contradiction"), dev=MNLI_DEV),
+                 ("entailment", "neutral", "contradiction"), splits=MNLI_SPLITS),
     "sst2": Task("SST-2", ("sentence",), ("sentence",), "label"),
     "cola": Task("CoLA", ("sentence",), ("sentence",), "label", metrics=("matthews",),
                  header=("source", "label", "star", "sentence")),
@@ -192,11 +190,12 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
     """What pads a batch, and the tokenized examples of the training and dev splits."""
     task = TASKS[name]
     if data_dir:
-        stems = ("train", *(stem for _, stem in task.dev))
-        splits = [read_tsv(Path(data_dir) / task.folder / f"{stem}.tsv", task) for stem in stems]
+        folder = Path(data_dir, task.folder)
+        splits = [read_tsv(folder / f"{stem}.tsv", task) for _, stem in task.splits]
     else:
+        import datasets  # here, like the metrics' packages, as planted runs need none of them
         hub = datasets.load_dataset(GLUE, name)
-        parts = [hub[split] for split in ("train", *(split for split, _ in task.dev))]
+        parts = [hub[split] for split, _ in task.splits]
         splits = [([list(p[column]) for column in task.texts], list(p["label"])) for p in parts]
     tokenizer, examples = transformers.AutoTokenizer.from_pretrained(model), []
     for texts, labels in splits:
@@ -208,6 +207,7 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
 
 def compute_metrics(names: Iterable[str], predicted: list, labels: list) -> dict[str, float]:
     """GLUE's metrics; a correlation with a constant counts as 0."""
+    import scipy.stats, sklearn.metrics
     compute = {
         "accuracy": sklearn.metrics.accuracy_score,
         "f1": sklearn.metrics.f1_score,
@@ -445,7 +445,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 def check_files(args: Namespace) -> None:
     """Names what is missing before anything is loaded."""
     task = TASKS[args.task]
-    for stem in ("train", *(stem for _, stem in task.dev)) if args.data_dir else ():
+    for _, stem in task.splits if args.data_dir else ():
         if not (path := Path(args.data_dir, task.folder, f"{stem}.tsv")).is_file():
             raise ValueError(f"--data-dir: {path} is missing")
     local = args.model.startswith((".", "/", "~")) or Path(args.model).exists()
