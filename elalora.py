@@ -4,37 +4,31 @@ A frozen weight W0 is fine-tuned through W = W0 + s P diag(Lambda) Q. While it t
 column of P, its singular value, its row of Q) is scored by its smoothed sensitivity times the
 uncertainty of that. At scheduled steps the b least important ranks of all matrices are pruned, and
 matrices whose weakest ranks still matter gain b: the sum of the ranks never changes. Needs torch
-alone, >= 2.11. Not here: a training loop (ten lines, in the README), and sharded parameters.
+alone, >= 2.11; its README has a training loop, and where the authors' released code does otherwise.
 
-References
-    ElaLoRA  Chang et al. 2025, arXiv:2504.00254; all sections, equations and tables cited are its
-    AdaLoRA  Zhang et al. 2023, arXiv:2303.10512; P Lambda Q, its regularizer, and its scores from
-    PLATON   Zhang et al. 2022, arXiv:2206.12562; sensitivity times uncertainty
+Sections, equations and tables are those of ElaLoRA (Chang et al. 2025, arXiv:2504.00254). It has P
+Lambda Q, the regularizer and the scores from AdaLoRA (Zhang et al. 2023, arXiv:2303.10512), and
+sensitivity times uncertainty from PLATON (Zhang et al. 2022, arXiv:2206.12562).
 
 Glossary         symbol   shape
     base_layer   W^(0)    (d1, d2)              frozen pre-trained nn.Linear; d1 = d_out, d2 = d_in
     P, Q         P, Q     (d1, r) and (r, d2)   left and right singular vectors
     Lambda       Lambda   (r,)                  singular values, the diagonal of the paper's matrix
-    scaling      -        scalar                s = alpha / initial rank, constant, as in LoRA
     I_bar, U_bar I, U-bar of P, Lambda or Q     smoothed sensitivity, uncertainty per weight (eq. 3)
     importance   S_i      (r,)                  score of every rank (eq. 2)
     budget(t)    b^(t)    integer               ranks to prune and to add at step t (eq. 5)
     k            k        integer               most ranks that a matrix loses or gains at a time
-
-Where the authors' released code does otherwise     here
-    P, Q ~ N(0, 0.02), far from P'P = I             orthonormal from the start (section 3.1)
-    R(P, Q) of unsquared norms                      squared, as section 3.1 writes it
-    new directions assume orthonormal old ones      orthogonal to the span of any
-    new singular values of 1e-13                    of 0, so that growing changes no output
-    an adjustment drops the optimizer's state       retained ranks keep theirs to the bit
-    a matrix at rank 1 can never grow again         it can, it only cannot shrink
-    a threshold chooses ranks, ties change the sum  stable, exact; step 4 picks among the retained
 """
 
+import copy
+import json
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -48,24 +42,22 @@ class SVDLinear(nn.Module):
 
     P and Q start orthonormal, Lambda at 0, all in float32; y has the dtype of the base's output.
     The base, of weight (d_out, d_in), is frozen and only called, so a quantized nn.Linear will do.
-    scaling stays alpha / rank when the rank changes; dropout acts on x before Q. Raises ValueError
-    if base_layer is no nn.Linear or the rank is not in 1..min(d_out, d_in).
+    scaling, s, stays alpha / initial rank for life; dropout acts on x before Q. Raises ValueError
+    if base_layer is sharded or no nn.Linear, or the rank is not in 1..min(d_out, d_in).
     """
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0):
         super().__init__()
-        if not isinstance(base_layer, nn.Linear):
-            raise ValueError(f"base_layer must be an nn.Linear, not a {type(base_layer).__name__}")
-        _check_rank(rank, base_layer, str(base_layer))
+        _check_layer(str(base_layer), base_layer, rank)
         if not alpha > 0:
             raise ValueError(f"alpha must be positive, got {alpha!r}")
-        d_out, d_in = base_layer.out_features, base_layer.in_features
         device = base_layer.weight.device
-        cpu = dict(dtype=torch.float32, device="cpu")  # so a seed starts alike on any device
-        self.P = nn.Parameter(nn.init.orthogonal_(torch.empty(d_out, rank, **cpu)).to(device))
-        self.Lambda = nn.Parameter(torch.zeros(rank, **cpu).to(device))
-        self.Q = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, d_in, **cpu)).to(device))
+        on_cpu = dict(dtype=torch.float32, device="cpu")  # so a seed starts alike on any device
+        P = nn.init.orthogonal_(torch.empty(base_layer.out_features, rank, **on_cpu)).to(device)
+        Q = nn.init.orthogonal_(torch.empty(rank, base_layer.in_features, **on_cpu)).to(device)
+        self.P, self.Lambda, self.Q = map(nn.Parameter, (P, P.new_zeros(rank), Q))
         self.dropout = nn.Dropout(dropout)
-        self.scaling = float(alpha / rank)
+        self.register_buffer("scaling", P.new_tensor(alpha / rank))
+        self.search = {"step": 0, "end": 0}  # how far RankAllocator is
         self.base_layer = base_layer.requires_grad_(False)
 
     @property
@@ -82,8 +74,14 @@ class SVDLinear(nn.Module):
         """The update s P diag(Lambda) Q of the weight, (d_out, d_in)."""
         return (self.P * (self.scaling * self.Lambda)) @ self.Q
 
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, scaling={self.scaling:g}"
+    @torch.no_grad()
+    def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
+        r = len(state.get(f"{prefix}Lambda", self.Lambda))
+        if r != self.rank:  # load_state_dict() restores any ranks
+            for w, dim in zip((self.P, self.Lambda, self.Q), RANK_DIM.values()):
+                w.grad = None
+                w.set_(w.new_empty(*w.shape[:dim], r, *w.shape[dim + 1 :]))
+        super()._load_from_state_dict(state, prefix, *args)
 
 
 def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[str, int],
@@ -92,39 +90,38 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
     """Freezes a model and wraps its linear layers of the given names in SVDLinear; returns it.
 
     Names match by whole components from the right: "output.dense" matches "layer.0.output.dense",
-    "k" never matches "block". rank is that of all, or a map from full module names, as
-    RankAllocator.ranks() gives; scaling is alpha / mean rank, the same for all. modules_to_save, a
-    new head for example, are trained in full. Raises ValueError, before any change, if a name
-    matches nothing, a target is no nn.Linear or in a saved module, a rank is out of range, a map
-    names other modules than the targets, or the model is adapted already.
+    "k" never matches "block". rank is that of all, or a map like RankAllocator.ranks(); scaling is
+    alpha / mean rank. modules_to_save, a new head for example, are trained in full. Raises
+    ValueError, before any change, if a name matches nothing, a target is no nn.Linear, sharded or
+    in a saved module, a rank is out of range, a map names others, or the model is adapted already.
     """
     if any(isinstance(module, SVDLinear) for module in model.modules()):
         raise ValueError("the model is adapted already; merge() it or load it anew")
     targets = _matching(model, target_modules, "target_modules")
     saved = _matching(model, modules_to_save, "modules_to_save")
-    for name, module in targets.items():
-        if not isinstance(module, nn.Linear):
-            raise ValueError(f"{name!r} is no nn.Linear; {_linear_names(model)}")
-        if any(module is part for root in saved.values() for part in root.modules()):
-            raise ValueError(f"{name!r} would be both adapted and saved; name it in one list only")
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
     if not targets or ranks.keys() != targets.keys():
         raise ValueError(f"no targets, or a rank map for others: {sorted(ranks.keys() ^ targets)}")
     for name, module in targets.items():
-        _check_rank(ranks[name], module, repr(name))
+        _check_layer(repr(name), module, ranks[name])
+        if any(module is part for root in saved.values() for part in root.modules()):
+            raise ValueError(f"{name!r} would be both adapted and saved; name it in one list only")
     new = {m: SVDLinear(m, ranks[name], alpha, dropout) for name, m in targets.items()}
     model.requires_grad_(False)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:  # wherever it stands, so that a shared layer stays shared
-            new[module].scaling = float(alpha * len(ranks) / sum(ranks.values()))
+            new[module].scaling.fill_(alpha * len(ranks) / sum(ranks.values()))
             model.set_submodule(name, new[module])
     for module in saved.values():
-        module.requires_grad_(True)
-        module.elalora_saved = True  # a mark that outlives wrapping and renaming
+        module.requires_grad_(True).elalora_saved = True  # outlives wrapping and renaming
     return model
 
 
-def _check_rank(rank: int, layer: nn.Linear, name: str) -> None:
+def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{name} must be an nn.Linear, not a {type(layer).__name__}")
+    if hasattr(layer.weight, "to_local") or layer.weight.dim() != 2:  # a DTensor, a flat shard
+        raise ValueError(f"{name} is sharded (FSDP, ZeRO-3); use DistributedDataParallel instead")
     limit = min(layer.out_features, layer.in_features)
     if type(rank) is not int or not 1 <= rank <= limit:  # not True either
         raise ValueError(f"the rank of {name} must be an integer in 1..{limit}, got {rank!r}")
@@ -135,32 +132,30 @@ def _matching(model: nn.Module, names: Sequence[str], argument: str) -> dict[str
         raise ValueError(f"{argument} must be a list of names, got the string {names!r}")
     modules, found = dict(model.named_modules()), set()
     for wanted in names:
-        matches = {name for name in modules if name and f".{name}".endswith(f".{wanted}")}
-        if not matches:
-            raise ValueError(f"{argument}: {wanted!r} matches no module; {_linear_names(model)}")
+        if not (matches := {n for n in modules if n and f".{n}".endswith(f".{wanted}")}):
+            linear = [name for name in modules if isinstance(modules[name], nn.Linear)]
+            raise ValueError(f"{argument}: {wanted!r} matches no module; linear: {linear[:8]}")
         found |= matches
     return {name: module for name, module in modules.items() if name in found}
 
 
-def _linear_names(model: nn.Module) -> str:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return f"linear layers are {', '.join(names[:8]) or 'absent'}{', ...' if names[8:] else ''}"
-
-
-def _adapted(model: nn.Module) -> dict[str, SVDLinear]:
+def _adapted(model: nn.Module, ended: bool = False) -> dict[str, SVDLinear]:
     layers = {n: module for n, module in model.named_modules() if isinstance(module, SVDLinear)}
     if not layers:
         raise ValueError("the model has no SVDLinear; call inject(model, ...) first")
+    for name, layer in layers.items():
+        _check_layer(repr(name), layer.base_layer, layer.rank)
+    if ended and layer.search["step"] < layer.search["end"]:
+        warnings.warn("ranks were to move until step {end}, but RankAllocator.step() was called "
+                      "{step} times".format(**layer.search), stacklevel=4)
     return layers
 
 
 def orthogonality_penalty(model: nn.Module) -> Tensor:
     """Mean of R(P, Q) = |P'P - I|_F^2 + |QQ' - I|_F^2 over the adapted matrices (section 3.1)."""
     layers = _adapted(model).values()
-    terms = []
-    for rows in [factor for layer in layers for factor in (layer.P.T, layer.Q)]:  # (r, d)
-        identity = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-        terms.append((rows @ rows.T - identity).square().sum())
+    terms = [(rows @ rows.T - torch.eye(len(rows), device=rows.device)).square().sum()
+             for layer in layers for rows in (layer.P.T, layer.Q)]  # (r, d)
     return torch.stack(terms).sum() / len(layers)
 
 
@@ -182,19 +177,17 @@ def update_averages(parameters: Sequence[Tensor], averages: Mapping[Tensor, Mapp
 # ---- Section 3.3: dynamic rank learning ----
 def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], k: int,
            b: int) -> tuple[dict[str, list[int]], dict[str, int]]:
-    """Steps 1-4 of section 3.3: which ranks go, and how many each matrix gains. A pure function.
+    """Section 3.3: from scores S_i to the indices that each matrix loses, and the number it gains.
 
     As many come as go: the most, up to b, for which candidates suffice and every rank stays in
     1..max_ranks. A matrix loses and gains at most k. Equal scores are sorted by matrix, then index.
-    From the scores S_i of each matrix to the indices it loses, ascending, and the number it gains.
     """
     candidates, prunable = [], []
     for order, (name, S) in enumerate(scores.items()):
         ascending = sorted((S[i], order, i, name) for i in range(len(S)))
         candidates += ascending[:k]  # step 1: the k least important ranks of each matrix
         prunable += ascending[: min(k, len(S) - 1)]
-    candidates.sort()  # step 2: sort them across all matrices
-    prunable.sort()
+    candidates, prunable = sorted(candidates), sorted(prunable)  # step 2: across all matrices
     for n in range(min(b, len(prunable)), 0, -1):
         pruned: dict[str, list[int]] = {}
         for _, _, i, name in prunable[:n]:  # step 3: prune the n least important
@@ -210,14 +203,11 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
 
 
 def new_directions(present: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Algorithm 1's Gram-Schmidt: n random orthonormal columns orthogonal to the present ones.
-
-    The first r columns of the QR factor of [present, random] contain the span of present, be it
-    orthonormal or not. In float64 on the CPU. From present (d, r) and n <= d - r to (d, n).
-    """
+    """Algorithm 1's Gram-Schmidt: n <= d - r random orthonormal columns, (d, n), orthogonal to the
+    present ones, (d, r), be those orthonormal or not. In float64 on the CPU."""
     random = torch.randn(len(present), n, dtype=torch.float64, device="cpu", generator=generator)
     orthonormal, _ = torch.linalg.qr(torch.cat([present.cpu().double(), random], dim=1))
-    return orthonormal[:, present.shape[1] :].to(present)
+    return orthonormal[:, present.shape[1] :].to(present)  # the first r columns span the present
 
 
 @torch.no_grad()
@@ -225,14 +215,14 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
            states: Sequence[Mapping[Tensor, dict]]) -> None:
     """Keeps the given ranks of a layer, in that order, and appends n_new of singular value 0.
 
-    The Parameters stay the same objects. What the states (optimizer.state and its like) hold for
-    them moves along to the bit. It is 0 for new ranks: at the old step count, Adam's first updates
-    of them are up to 6.6 times as long (betas 0.9, 0.999), so that they catch up. ValueError before
-    any change, if a state tensor is neither a scalar nor of its parameter's shape.
+    Parameters stay the same objects. What states (optimizer.state and its like) hold for them moves
+    along to the bit, and is 0 for new ranks: at the old step count, Adam's first updates of them
+    are up to 6.6 times as long, so that they catch up. Raises ValueError, before any change, if a
+    state tensor is neither a scalar nor of its parameter's shape.
     """
     factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
-    held = [(w, state[w], key) for w in factors for state in states for key in state.get(w, {})]
-    held = [(w, slots, key) for w, slots, key in held if getattr(slots[key], "ndim", 0)]
+    held = [(w, state[w], key) for w in factors for state in states
+            for key, value in state.get(w, {}).items() if getattr(value, "ndim", 0)]
     for w, slots, key in held:
         if slots[key].shape != w.shape:
             raise ValueError(f"the optimizer's {key!r} has shape {list(slots[key].shape)}, its "
@@ -272,11 +262,10 @@ class RankSchedule:
     def __post_init__(self) -> None:
         least = dict(total_steps=1, warmup_steps=0, stabilize_steps=0, adjust_interval=1, b=0)
         for name, minimum in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < minimum:
+            if not isinstance(value := getattr(self, name), int) or value < minimum:
                 raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
-        if self.warmup_steps >= self.search_end:
-            raise ValueError(f"warmup_steps + stabilize_steps must be < total_steps, got {self}")
+        if self.warmup_steps + self.adjust_interval > self.search_end:
+            raise ValueError(f"total_steps must hold warm-up, an interval, stabilization: {self}")
         if self.shape not in SHAPES:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
 
@@ -307,41 +296,38 @@ class Adjustment:
 class RankAllocator:
     """Algorithm 1: moves ranks between the matrices of an injected model while it trains.
 
-    The optimizer must keep state in its parameters' shapes, as Adam does. For k see select(); beta1
-    and beta2 smooth sensitivity and uncertainty (eq. 3); seed is for new directions alone. Raises
-    ValueError if a number is out of range or the optimizer does not hold every adapter.
+    The optimizer's state must have its parameters' shapes, as Adam's. For k see select(); beta1 and
+    beta2 are eq. 3's; seed is for new directions alone. Raises ValueError if a number is out of
+    range or the optimizer does not hold every adapter.
     """
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
                  k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0):
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k must be an integer >= 1, got {k!r}")
-        if not (0 < beta1 < 1 and 0 < beta2 < 1):
-            raise ValueError(f"beta1 and beta2 must be in (0, 1), got {beta1!r} and {beta2!r}")
-        self.layers = _adapted(model)
-        self.optimizer, self.schedule, self.k = optimizer, schedule, k
-        self.beta1, self.beta2 = beta1, beta2
+        if not (isinstance(k, int) and k >= 1 and 0 < beta1 < 1 and 0 < beta2 < 1):
+            raise ValueError(f"k must be an int >= 1, betas in (0, 1): {k!r}, {beta1!r}, {beta2!r}")
+        self.layers, self.optimizer, self.schedule = _adapted(model), optimizer, schedule
+        self.k, self.beta1, self.beta2 = k, beta1, beta2
         held = {w for group in optimizer.param_groups for w in group["params"]}
-        self.factors = {f"{name}.{factor}": getattr(layer, factor)
-                        for name, layer in self.layers.items() for factor in RANK_DIM}
-        self.averages = {}  # parameter -> name -> tensor, like optimizer.state
+        self.t, self.generator = 0, torch.Generator("cpu").manual_seed(seed)
+        self.search = {"step": 0, "end": schedule.search_end if schedule.b else 0}
+        self.factors, self.averages = {}, {}  # averages: parameter -> name -> tensor
+        for name, layer in self.layers.items():
+            layer.search = self.search  # so that merge() can tell of steps to come
+            self.factors |= {f"{name}.{factor}": getattr(layer, factor) for factor in RANK_DIM}
         for name, w in self.factors.items():
             if w not in held:
                 raise ValueError(f"the optimizer does not hold {name!r}; make it after inject()")
-            zeros = torch.zeros_like(w, dtype=torch.float32)
-            self.averages[w] = {"I_bar": zeros, "U_bar": zeros.clone()}
-        self.t, self.generator = 0, torch.Generator("cpu").manual_seed(seed)
+            self.averages[w] = {key: torch.zeros_like(w, dtype=torch.float32)
+                                for key in ("I_bar", "U_bar")}
 
     def step(self) -> Adjustment | None:
         """A turn of Algorithm 1's loop, once per optimizer.step(), after it and before zero_grad().
         Returns what it adjusted, None where b^(t) = 0. Raises ValueError without any gradient."""
         if self.t < self.schedule.search_end:
-            scored = [w for w in self.factors.values() if w.grad is not None]
-            if not scored:
+            if not (scored := [w for w in self.factors.values() if w.grad is not None]):
                 raise ValueError("no gradients: step() belongs between backward() and zero_grad()")
             update_averages(scored, self.averages, self.beta1, self.beta2)
-        self.t += 1
-        b = self.schedule.budget(self.t)
-        if b == 0:
+        self.t = self.search["step"] = self.t + 1
+        if (b := self.schedule.budget(self.t)) == 0:
             return None
         scores = {name: S.tolist() for name, S in self.importance().items()}
         max_ranks = {n: min(len(layer.P), layer.Q.shape[1]) for n, layer in self.layers.items()}
@@ -355,12 +341,9 @@ class RankAllocator:
 
     def importance(self) -> dict[str, Tensor]:
         """Module name -> S_i of its ranks, (rank,), float32 (eq. 2 and 3)."""
-        S = {}
-        for name, layer in self.layers.items():
-            averages = [self.averages[w] for w in (layer.P, layer.Lambda, layer.Q)]
-            s_P, s_Lambda, s_Q = (a["I_bar"] * a["U_bar"] for a in averages)  # eq. 3
-            S[name] = s_Lambda + s_P.mean(dim=0) + s_Q.mean(dim=1)  # eq. 2
-        return S
+        s = {w: a["I_bar"] * a["U_bar"] for w, a in self.averages.items()}  # eq. 3
+        return {name: s[layer.Lambda] + s[layer.P].mean(dim=0) + s[layer.Q].mean(dim=1)
+                for name, layer in self.layers.items()}  # eq. 2
 
     def ranks(self) -> dict[str, int]:
         """Module name -> present rank, a map that inject() takes."""
@@ -368,8 +351,7 @@ class RankAllocator:
 
     def state_dict(self) -> dict:
         """Step, averages and random state; torch.load(weights_only=True) reads them back."""
-        averages = {name: {key: average.clone() for key, average in self.averages[w].items()}
-                    for name, w in self.factors.items()}
+        averages = {name: copy.deepcopy(self.averages[w]) for name, w in self.factors.items()}
         return {"step": self.t, "averages": averages, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping) -> None:
@@ -380,28 +362,25 @@ class RankAllocator:
         if wrong := sorted(dict(given.items() ^ needed.items())):
             raise ValueError(f"{wrong[0]!r} differs in shape; call load_adapter_state_dict() first")
         for name, w in self.factors.items():
-            self.averages[w] = {key: average.to(w.device, torch.float32, copy=True)
-                                for key, average in state["averages"][name].items()}
+            saved = state["averages"][name]
+            self.averages[w] = {key: saved[key].to(w.device, copy=True) for key in saved}
         self.generator.set_state(state["generator"].cpu())
-        self.t = state["step"]
+        self.t = self.search["step"] = state["step"]
 
 
 # ---- After training ----
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Adds every update to its base weight, puts the frozen nn.Linear back; returns the model.
-
-    Raises ValueError, before any change, if a weight is not floating point (quantized, that is).
-    """
-    layers = _adapted(model)
+    Raises ValueError, before any change, if a weight is not floating point but quantized."""
+    layers = _adapted(model, ended=True)
     for name, layer in layers.items():
         if not (dtype := layer.base_layer.weight.dtype).is_floating_point:
             raise ValueError(f"{name!r} has a weight of {dtype}; dequantize it before merging")
     for layer in layers.values():
         weight = layer.base_layer.weight
         merged = (weight.to(layer.P.dtype) + layer.delta_weight()).to(weight.dtype)
-        # A new Parameter, as other modules (tied embeddings) may hold the old one.
-        layer.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+        layer.base_layer.weight = nn.Parameter(merged, False)  # new: others may hold the old one
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, SVDLinear) and name:
             model.set_submodule(name, module.base_layer)
@@ -411,38 +390,61 @@ def merge(model: nn.Module) -> nn.Module:
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of P, Lambda, Q, scaling of every adapted module, and all of every module_to_save."""
-    state = {}
-    for name, layer in _adapted(model).items():
-        state |= {f"{name}.{factor}": getattr(layer, factor) for factor in RANK_DIM}
-        state[f"{name}.scaling"] = torch.tensor(layer.scaling, dtype=torch.float64)
-    for name, module in model.named_modules():
-        if getattr(module, "elalora_saved", False):
-            state |= module.state_dict(prefix=f"{name}.")
-    return {key: value.detach().clone() for key, value in state.items()}
+    own = {f"{name}.{key}" for name in _adapted(model) for key in (*RANK_DIM, "scaling")}
+    saved = tuple(f"{n}." for n, m in model.named_modules() if hasattr(m, "elalora_saved"))
+    return {key: value.clone() for key, value in model.state_dict().items()
+            if key in own or key.startswith(saved)}
 
 
-@torch.no_grad()
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Restores adapter_state_dict() into a model with the same modules injected, at any ranks.
 
-    The Parameters stay the same objects; optimizer and allocator must load their own states next.
+    Parameters stay the same objects; optimizer and allocator must load their own states next.
     Raises ValueError, before any change, if a tensor is missing, unknown or misshapen.
     """
     layers, present = _adapted(model), adapter_state_dict(model)
     if wrong := sorted(present.keys() ^ state.keys()):
         raise ValueError(f"missing in the state, or unknown to the model: {', '.join(wrong[:8])}")
     for name, layer in layers.items():
-        _check_rank(state[f"{name}.Lambda"].numel(), layer.base_layer, repr(name))
+        _check_layer(repr(name), layer.base_layer, state[f"{name}.Lambda"].numel())
     for key, value in present.items():
         shape, (name, _, factor) = list(value.shape), key.rpartition(".")
         if name in layers and factor in RANK_DIM:
             shape[RANK_DIM[factor]] = state[f"{name}.Lambda"].numel()
         if list(state[key].shape) != shape:
             raise ValueError(f"{key} has shape {list(state[key].shape)}, the model needs {shape}")
-    for name, layer in layers.items():
-        layer.scaling = float(state[f"{name}.scaling"])
-        for factor in RANK_DIM:
-            w = getattr(layer, factor)
-            w.grad = None
-            w.set_(w.new_empty(state[f"{name}.{factor}"].shape))
-    model.load_state_dict(state, strict=False)  # all but the scalings, which it does not know
+    model.load_state_dict(state, strict=False)
+
+
+@torch.no_grad()
+def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -> None:
+    """Writes a LoRA adapter that peft.PeftModel.from_pretrained(base, directory) loads.
+
+    A is Q, B is P diag(Lambda), alpha is s r. What PEFT takes for saved modules, by the ends of
+    names, is written in whole. Raises ValueError for what it cannot adapt, a layer in two places.
+    """
+    from safetensors.torch import save_file
+    layers, modules = _adapted(model, ended=True), dict(model.named_modules(remove_duplicate=False))
+    if [n for n, module in modules.items() if n and isinstance(module, SVDLinear)] != [*layers]:
+        raise ValueError("PEFT adapts a layer under one name only; merge() the model instead")
+    saved = [name for name, module in modules.items() if hasattr(module, "elalora_saved")]
+    whole = [name for name in modules if name.endswith(tuple(saved))]
+    within = tuple(f"{name}." for name in whole)
+    lora = {n: layer for n, layer in layers.items() if not f"{n}.".startswith(within)}
+    source = model if lora == layers else merge(copy.deepcopy(model))
+    tensors = {f"{name}.lora_A.weight": layer.Q for name, layer in lora.items()}
+    tensors |= {f"{name}.lora_B.weight": layer.P * layer.Lambda for name, layer in lora.items()}
+    for name in whole:
+        tensors |= source.get_submodule(name).state_dict(prefix=f"{name}.")
+    ranks = {f"^{re.escape(name)}": layer.rank for name, layer in lora.items()}
+    alphas = {f"^{re.escape(n)}": layer.rank * layer.scaling.item() for n, layer in lora.items()}
+    config = dict(
+        peft_type="LORA", base_model_name_or_path=base_model_name, modules_to_save=saved,
+        target_modules="|".join(map(re.escape, lora)), r=max(ranks.values()), rank_pattern=ranks,
+        lora_alpha=max(alphas.values()), alpha_pattern=alphas)
+    (folder := Path(directory)).mkdir(parents=True, exist_ok=True)
+    save_file({f"base_model.model.{key}": tensor.clone(memory_format=torch.contiguous_format)
+               for key, tensor in tensors.items()}, folder / "tmp-adapter_model.safetensors")
+    (folder / "tmp-adapter_config.json").write_text(json.dumps(config, indent=1))
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / f"tmp-{file}").replace(folder / file)

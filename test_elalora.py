@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from fractions import Fraction
 from pathlib import Path
@@ -264,11 +265,17 @@ def test_a_layer_in_two_places_stays_one_layer():
 
 
 INJECT_ERRORS = {
-    "no match": (dict(target_modules=["qeury"]), "'qeury' matches no module; .*layers.0.query"),
+    "no match": (
+        dict(target_modules=["qeury"]),
+        "'qeury' matches no module; linear: .'layers.0.query",
+    ),
     "one of two": (dict(target_modules=["query", "ky"]), "'ky' matches no module"),
     "nothing": (dict(target_modules=[]), "no targets"),
     "a string": (dict(target_modules="query"), "list of names, got the string 'query'"),
-    "no linear": (dict(target_modules=["layers.0"]), "'layers.0' is no nn.Linear"),
+    "no linear": (
+        dict(target_modules=["layers.0"]),
+        "'layers.0' must be an nn.Linear, not a Block",
+    ),
     "rank 0": (dict(rank=0), "'layers.0.query' must be an integer in 1..5, got 0"),
     "rank 6": (dict(rank=6), "in 1..5, got 6"),
     "rank 2.0": (dict(rank=2.0), "got 2.0"),
@@ -576,7 +583,7 @@ def schedules(draw, shape="cubic"):
         draw(st.integers(1, 60)),
         draw(st.integers(0, 40)),
     )
-    interval, b = draw(st.integers(1, 20)), draw(st.integers(0, 200))
+    interval, b = draw(st.integers(1, min(20, search))), draw(st.integers(0, 200))
     return RankSchedule(warmup + search + stabilize, warmup, stabilize, interval, b, shape)
 
 
@@ -641,7 +648,8 @@ def test_every_row_of_table_7_searches(task):
 @pytest.mark.parametrize(
     "numbers, message",
     [
-        ((10, 5, 5, 1, 1), r"must be < total_steps, got .*total_steps=10, warmup_steps=5"),
+        ((10, 5, 5, 1, 1), r"total_steps must hold .*total_steps=10, warmup_steps=5"),
+        ((10, 1, 5, 5, 1), r"total_steps must hold .*interval.*adjust_interval=5"),
         ((10, 20, 5, 1, 1), "warmup_steps=20"),
         ((10, -1, 5, 1, 1), "warmup_steps must be an integer >= 0, got -1"),
         ((10, 1, 5, 0, 1), "adjust_interval must be an integer >= 1, got 0"),
@@ -810,9 +818,9 @@ def test_allocators_and_states_that_do_not_fit_are_refused():
     model = adapted_net()
     optimizer, allocator = training(model)
     for arguments, message in [
-        (dict(k=0), "k must be an integer >= 1, got 0"),
-        (dict(beta1=1.0), r"in \(0, 1\), got 1.0 and 0.85"),
-        (dict(beta2=0.0), "got 0.85 and 0.0"),
+        (dict(k=0), "k must be an int >= 1, betas .*: 0, 0.85, 0.85"),
+        (dict(beta1=1.0), r"betas in \(0, 1\): 1, 1.0, 0.85"),
+        (dict(beta2=0.0), "1, 0.85, 0.0"),
         (dict(optimizer=torch.optim.SGD(model.head.parameters())), "not hold 'layers.0.query.P'"),
     ]:
         arguments = dict(optimizer=optimizer, schedule=allocator.schedule, k=1) | arguments
@@ -1002,6 +1010,268 @@ def test_adapter_state_restores_saved_modules_and_scaling():
     for value in state.values():
         value.zero_()
     assert torch.equal(model(x), expected) and torch.equal(other(x), expected)
+
+
+def test_a_search_that_did_not_end_is_told_and_nothing_else():
+    """merge() warns where the allocator never stepped or stopped early, and only there."""
+
+    def merged_after(steps, b=2, fresh=False):
+        model = adapted_net()
+        optimizer, allocator = training(model, schedule=RankSchedule(9, 1, 4, 2, b))
+        for step in range(steps):
+            train_step(model, optimizer, allocator, step)
+        if fresh:  # a model that only loads what was trained
+            load_adapter_state_dict(other := adapted_net(1), adapter_state_dict(model))
+            model = other
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            merge(model)
+        return [str(warning.message) for warning in told]
+
+    for steps in (0, 1, 4):
+        (message,) = merged_after(steps)
+        assert message == (
+            f"ranks were to move until step 5, but RankAllocator.step() was called {steps} times"
+        )
+    assert merged_after(5) == merged_after(12) == merged_after(0, b=0) == []
+    assert merged_after(0, fresh=True) == []
+
+
+def test_a_resumed_search_is_told_of_by_its_own_steps():
+    """An allocator that loads the state of an ended search is at its end."""
+    model = adapted_net()
+    optimizer, allocator = training(model, schedule=RankSchedule(9, 1, 4, 2, 2))
+    for step in range(6):
+        train_step(model, optimizer, allocator, step)
+    load_adapter_state_dict(other := adapted_net(1), adapter_state_dict(model))
+    resumed = training(other, schedule=allocator.schedule)[1]
+    resumed.load_state_dict(allocator.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge(other)
+
+
+def test_plain_load_state_dict_takes_any_ranks():
+    """A whole state_dict of other ranks loads into the same Parameters, strictly, scaling too."""
+    model = adapted_net(3, alpha=4.0)
+    adjusted(model, *training(model))
+    other = adapted_net(1, seed=1)
+    loss_of(other).backward()
+    parameters = list(other.parameters())
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert all(old is new for old, new in zip(parameters, other.parameters(), strict=True))
+    x = torch.randn(3, 6)
+    assert torch.equal(other(x), model(x))
+    assert all(p.grad is None or p.grad.shape == p.shape for p in parameters)
+
+
+def test_sharded_weights_are_refused():
+    """FSDP's DTensors and ZeRO-3's empty local weights: a ValueError from every function."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, emptied = adapted_net(), adapted_net()
+    for layer in elalora._adapted(emptied).values():
+        layer.base_layer.weight.data = torch.empty(0)
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    try:
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        for sharded in (model, emptied):
+            for function in (orthogonality_penalty, merge, adapter_state_dict):
+                with pytest.raises(ValueError, match="'layers.0.query' is sharded .FSDP, ZeRO-3"):
+                    function(sharded)
+            with pytest.raises(ValueError, match="is sharded"):
+                training(sharded)
+        fully_shard(plain := Net(), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="is sharded .* DistributedDataParallel instead"):
+            inject(plain, ["query"], 2)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_step_that_grad_scaler_skips_neither_scores_nor_breaks():
+    """float16 with GradScaler: an overflow leaves weights and averages, the next steps go on."""
+    model = adapted_net()
+    optimizer, allocator = training(model, lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for step in range(6):
+        x = torch.randn(4, 6) * (1e6 if step in (0, 3) else 1)  # beyond float16's 65504
+        with torch.autocast("cpu", torch.float16):
+            loss = model(x).square().mean()
+        scaler.scale(loss + 0.1 * orthogonality_penalty(model)).backward()
+        before = (adapter_state_dict(model), copy.deepcopy(allocator.importance()))
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(trainable(model), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        if step in (0, 3):
+            weights = dict(model.named_parameters())
+            assert all(torch.equal(v, weights.get(k, v)) for k, v in before[0].items())
+            update = elalora.update_averages
+            update(list(allocator.factors.values()), allocator.averages, 0.85, 0.85)
+            after = allocator.importance()
+            assert all(torch.equal(after[name], S) for name, S in before[1].items())
+        adjustment = allocator.step()
+        assert adjustment.step == step + 1 and sum(allocator.ranks().values()) == 8
+        optimizer.zero_grad()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(S.any() for S in allocator.importance().values())
+
+
+@pytest.mark.parametrize(
+    "base, autocast", [("bfloat16", False), ("bfloat16", True), ("float32", True)]
+)
+def test_low_precision_training_follows_float32(base, autocast):
+    """With a bfloat16 base or autocast the loss falls alike, and adapters stay float32."""
+
+    def losses(dtype, enabled):
+        model = inject(Net().to(dtype), ["query", "dense"], 2)
+        optimizer, allocator = training(model, schedule=RankSchedule(20, 4, 6, 5, 2), lr=0.02)
+        x, found = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), []
+        for _ in range(20):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = model(x.to(dtype)).float().square().mean()
+            loss.backward()
+            optimizer.step()
+            allocator.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        assert all(w.dtype == torch.float32 for w in allocator.factors.values())
+        assert sum(allocator.ranks().values()) == 8
+        return np.array(found)
+
+    expected = losses(torch.float32, False)
+    assert expected[-1] < 0.8 * expected[0]
+    np.testing.assert_allclose(losses(getattr(torch, base), autocast), expected, rtol=0.1)
+
+
+# ---- PEFT ----
+
+
+def deberta():
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    config = DebertaV2Config(**TINY, intermediate_size=32, relative_attention=True)
+    config.update(dict(pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=8))
+    return DebertaV2ForSequenceClassification(config)
+
+
+def bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(**TINY, intermediate_size=32))
+
+
+def bart():
+    from transformers import BartConfig, BartForSequenceClassification
+
+    sizes = {f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in BART.items()}
+    return BartForSequenceClassification(BartConfig(d_model=16, vocab_size=40, **sizes))
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**TINY, intermediate_size=24, num_key_value_heads=1))
+
+
+TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
+BART = dict(layers=2, attention_heads=2, ffn_dim=32)
+ARCHITECTURES = {
+    "DeBERTaV2": (deberta, ["query_proj", "value_proj", "output.dense"], ["pooler", "classifier"]),
+    "BERT": (bert, ["query", "intermediate.dense"], ["pooler", "classifier"]),
+    "BART": (bart, ["q_proj", "fc1", "encoder_attn.v_proj"], ["classification_head"]),
+    "Llama": (llama, ["q_proj", "k_proj", "down_proj"], ["lm_head"]),
+    "Llama, heads apart": (llama, ["q_proj", "up_proj"], []),
+}
+
+
+@pytest.mark.parametrize("build, targets, heads", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_an_exported_adapter_gives_the_same_logits_in_peft(build, targets, heads, tmp_path):
+    """After ranks moved, PEFT's model and its merge_and_unload agree with ours, to 1e-5."""
+    import peft
+
+    base = build().eval()
+    model = inject(copy.deepcopy(base), targets, 2, modules_to_save=heads)
+    optimizer, allocator = training(model, k=1, schedule=RankSchedule(6, 0, 1, 3, 1, "constant"))
+    ids = torch.randint(3, 40, (3, 7))
+    ids[:, -1] = 2  # BART reads the state of the end token
+    for _ in range(6):
+        logits = model(ids).logits
+        (logits.square().mean() + orthogonality_penalty(model)).backward()
+        optimizer.step()
+        allocator.step()
+        optimizer.zero_grad()
+    assert len(set(allocator.ranks().values())) > 1
+    elalora.export_peft(model, tmp_path / "peft", "a/base")
+    assert {path.name for path in (tmp_path / "peft").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "peft").eval()
+    assert loaded.peft_config["default"].base_model_name_or_path == "a/base"
+    expected = model(ids).logits
+    assert (expected - base(ids).logits).abs().max() > 1e-2
+    close = dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loaded(ids).logits, expected, **close)
+    unloaded, merged = loaded.merge_and_unload(), merge(model)
+    torch.testing.assert_close(unloaded(ids).logits, merged(ids).logits, **close)
+    torch.testing.assert_close(merged(ids).logits, expected, **close)
+    ours, theirs = merged.state_dict(), unloaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    torch.testing.assert_close(dict(ours), dict(theirs), **close)
+
+
+class Tails(nn.Module):
+    """Names that are the tails of others: of adapted ones, of saved ones, of both."""
+
+    NAMES = ["fc", "block.fc", "head", "overhead", "xhead", "ahead.fc", "ahead.rest", "Xfc"]
+
+    def __init__(self):
+        super().__init__()
+        for name in self.NAMES:
+            parent, _, last = name.rpartition(".")
+            if parent not in dict(self.named_modules()):
+                self.add_module(parent, nn.Module())
+            self.get_submodule(parent).add_module(last, nn.Linear(6, 6))
+
+    def forward(self, x):
+        for name in self.NAMES:
+            x = x + torch.tanh(self.get_submodule(name)(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    "adapted", [["fc", "xhead"], ["Xfc", "ahead.fc"], ["fc", "block.fc", "ahead.fc"]]
+)
+def test_peft_finds_each_module_where_names_are_tails_of_others(adapted, tmp_path):
+    """Adapters and saved modules come to where they were, and other modules stay as they are."""
+    import peft
+
+    base = Tails()
+    ranks = {name: 1 + i for i, name in enumerate(elalora._matching(base, adapted, ""))}
+    model = inject(copy.deepcopy(base), adapted, ranks, modules_to_save=["head"])
+    for name, layer in elalora._adapted(model).items():
+        randomize(layer)
+        if name not in adapted:  # "fc" adapts "block.fc" too
+            model.set_submodule(name, layer.base_layer)
+    nn.init.normal_(model.head.weight)
+    elalora.export_peft(model, tmp_path, "base")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loaded.merge_and_unload()(x), merge(model)(x), rtol=1e-5, atol=1e-4)
+
+
+def test_what_peft_would_adapt_wrongly_is_not_exported(tmp_path):
+    """PEFT adapts a shared layer in one of its places only: a ValueError, and no file."""
+    shared = nn.Linear(4, 4)
+    model = inject(nn.Sequential(shared, nn.Tanh(), shared), ["0"], 2)
+    for refused in (model, SVDLinear(nn.Linear(4, 4), 2)):
+        with pytest.raises(ValueError, match="under one name only; merge"):
+            elalora.export_peft(refused, tmp_path / "peft", "base")
+    assert not (tmp_path / "peft").exists()
 
 
 # ---- The method ----
