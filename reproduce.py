@@ -2,12 +2,14 @@
 
     python reproduce.py                        # planted ranks: no network, a minute on two cores
     python reproduce.py --task mrpc --rank 4   # DeBERTaV3-base on MRPC, on Table 7's schedule
+    torchrun --nproc-per-node 2 reproduce.py --task mrpc   # the same batches, shared by two GPUs
 
 A run writes OUTPUT_DIR/TASK-elalora-rRANK-sSEED/: results.json, ranks.png (as Figure 2),
-importance.png (as Figure 5), adapter.safetensors. Tables, figures, equations: Chang et al. 2025,
-arXiv:2504.00254. Where it is silent: the learning rate rises for 10% of the run and falls to 0,
-linearly; gradients are clipped to norm 1; no weight decay; texts are cut at 256 tokens; dropout is
-the model's own; the orthogonality penalty weighs 0.1.
+importance.png (as Figure 5), adapter.safetensors, peft/ (for PEFT); and while it trains,
+checkpoint.pt after every epoch, from which --resume goes on. Tables, figures, equations: Chang et
+al. 2025, arXiv:2504.00254. Where it is silent: the learning rate rises for 10% of the run and falls
+to 0, linearly; gradients are clipped to norm 1; no weight decay; texts are cut at 256 tokens;
+dropout is the model's own; the orthogonality penalty weighs 0.1.
 """
 
 import csv
@@ -18,6 +20,7 @@ import os
 import re
 import statistics
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from collections import namedtuple
@@ -30,13 +33,16 @@ import torch
 import tqdm
 import transformers
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 import elalora
 
 DEBERTA, GLUE = "microsoft/deberta-v3-base", "nyu-mll/glue"
 PENALTY_WEIGHT, MAX_TOKENS = 0.1, 256
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROCESS, PROCESSES = 0, 1  # this one's number, and how many share every batch
+if distributed.is_torchelastic_launched():  # by torchrun
+    PROCESS, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 # ---- Table 7, and ElaLoRA's row of Table 2 in percent ----
@@ -65,6 +71,11 @@ def scaled(recipe: Recipe, epochs: int) -> Recipe:
 def nearest(rank: int) -> int:
     """The one of RANKS whose b and k a rank takes: the nearest, the smaller of two equally near."""
     return min(RANKS, key=lambda known: (abs(known - rank), known))
+
+
+def seed_of(config: Namespace, epoch: int) -> int:
+    """Every epoch starts from its own random state, so a resumed run needs no other."""
+    return 100_003 * config.seed + epoch
 
 
 @dataclass
@@ -120,9 +131,10 @@ def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
     target = delta + torch.stack([model.get_submodule(name).weight.data for name in PLANTED])
 
     def batches(epoch: int) -> Iterable[Tensor]:
-        generator = torch.Generator().manual_seed(100_003 * config.seed + epoch)
+        generator = torch.Generator().manual_seed(seed_of(config, epoch))
         for _ in range(STEPS_PER_EPOCH):
-            yield torch.randn(recipe.batch_size, WIDTH, generator=generator).to(DEVICE)
+            x = torch.randn(recipe.batch_size, WIDTH, generator=generator)
+            yield x[PROCESS::PROCESSES].to(DEVICE)
 
     def loss(x: Tensor) -> Tensor:
         outputs = torch.stack([model.get_submodule(name)(x) for name in PLANTED])
@@ -161,28 +173,47 @@ TASKS = {
 }
 
 
+def read_label(text: str, task: Task) -> float:
+    try:
+        value = task.labels.index(text) if task.labels else float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        expected = " or ".join(task.labels) or "a number"
+        raise ValueError(f"the label is {text!r}, not {expected}")
+    return value
+
+
 def read_tsv(path: Path, task: Task) -> tuple[list[list[str]], list[float]]:
     """One list of texts per column, and the labels, of a file in GLUE's classic layout."""
     texts, labels = [[] for _ in task.tsv_texts], []
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         rows = csv.DictReader(file, task.header, delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = list(rows.fieldnames or [])
-        if missing := {*task.tsv_texts, task.tsv_label} - {*header}:
-            raise ValueError(f"{path}: no column {min(missing)!r} in its header {header}")
-        for row in rows:
-            where, label = f"{path}, line {rows.line_num}", row[task.tsv_label]
-            if None in row or None in row.values():
-                raise ValueError(f"{where}: more or fewer than {len(header)} columns")
-            try:
-                labels.append(task.labels.index(label) if task.labels else float(label))
-            except ValueError:
-                expected = " or ".join(task.labels) or "a number"
-                raise ValueError(f"{where}: the label is {label!r}, not {expected}") from None
-            for column, name in zip(texts, task.tsv_texts):
-                column.append(row[name])
+        try:
+            header = list(rows.fieldnames or [])
+            if missing := {*task.tsv_texts, task.tsv_label} - {*header}:
+                raise ValueError(f"no column {min(missing)!r} in its header {header}")
+            for row in rows:
+                if None in row or None in row.values():
+                    raise ValueError(f"more or fewer than {len(header)} columns")
+                labels.append(read_label(row[task.tsv_label], task))
+                for column, name in zip(texts, task.tsv_texts):
+                    column.append(row[name])
+        except (ValueError, csv.Error) as error:  # also of bytes that are not UTF-8
+            raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
     if not labels:
         raise ValueError(f"{path}: no examples")
     return texts, labels
+
+
+def character_map(tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """SentencePiece's own normalization, which transformers 5 leaves out of DebertaV2Tokenizer."""
+    file = str(getattr(tokenizer, "vocab_file", None))
+    if not file.endswith("spm.model"):
+        return str
+    import sentencepiece
+    spaces = ("add_dummy_prefix", "escape_whitespaces", "remove_extra_whitespaces")  # left to it
+    return sentencepiece.SentencePieceNormalizer(file, **dict.fromkeys(spaces, False)).normalize
 
 
 @functools.cache
@@ -198,7 +229,11 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
         parts = [hub[split] for split, _ in task.splits]
         splits = [([list(p[column]) for column in task.texts], list(p["label"])) for p in parts]
     tokenizer, examples = transformers.AutoTokenizer.from_pretrained(model), []
+    if tokenizer.pad_token is None:
+        raise ValueError(f"--model: the tokenizer of {model} has no pad token, which batches need")
+    mapped = character_map(tokenizer)
     for texts, labels in splits:
+        texts = [[mapped(text) for text in column] for column in texts]
         encoding = tokenizer(*texts, truncation=True, max_length=MAX_TOKENS)
         columns = {**encoding, "labels": labels}
         examples.append([dict(zip(columns, row)) for row in zip(*columns.values())])
@@ -235,10 +270,13 @@ def load_model(config: Namespace, num_labels: int) -> tuple[nn.Module, list[str]
 def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
     """A GLUE task for a pre-trained encoder."""
     task = TASKS[config.task]
+    if recipe.batch_size % PROCESSES:
+        raise ValueError(f"{PROCESSES} processes cannot share batches of {recipe.batch_size}")
     pad, (train, *devs) = load_examples(config.task, config.data_dir, config.model)
     model, targets, heads = load_model(config, len(task.labels) or 1)
     autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, config.dtype == "bfloat16")
-    loader = functools.partial(torch.utils.data.DataLoader, batch_size=recipe.batch_size)
+    size = recipe.batch_size // PROCESSES
+    loader = functools.partial(torch.utils.data.DataLoader, batch_size=size)
 
     def by_length(rows: list) -> list:
         # On a CPU, four parts of like length need less padding, so less time, for the same loss.
@@ -247,8 +285,9 @@ def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
         return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def batches(epoch: int) -> Iterable:
-        order = torch.Generator().manual_seed(100_003 * config.seed + epoch)  # of these alone
-        return loader(train, shuffle=True, generator=order, collate_fn=by_length)
+        shard = torch.utils.data.DistributedSampler(
+            train, PROCESSES, PROCESS, seed=seed_of(config, epoch))  # one process has all of them
+        return loader(train, sampler=shard, collate_fn=by_length)
 
     def loss(parts: list) -> Tensor:
         sizes = [len(part["labels"]) for part in parts]
@@ -276,86 +315,164 @@ def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
 
 
 # ---- One run ----
-def train(problem: Problem, config: Namespace, recipe: Recipe) -> tuple:
-    """A loop with Algorithm 1 in it; returns allocator, history, adjustments and scores by step."""
-    model, total = problem.model, recipe.epochs * problem.steps_per_epoch
-    elalora.inject(model, problem.targets, config.rank, modules_to_save=problem.heads)
-    trainable = [p for p in model.parameters() if p.requires_grad]
+def mean_of_processes(x: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, the same bits in each."""
+    if PROCESSES > 1:
+        distributed.all_reduce(x)
+    return x / PROCESSES
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """In one message. DistributedDataParallel would have to be made anew at each adjustment."""
+    if PROCESSES > 1:
+        gradients = [w.grad for w in parameters if w.grad is not None]
+        mean = mean_of_processes(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(mean, gradients)
+
+
+def check_alike(parameters: list[nn.Parameter]) -> None:
+    """Compares the bits of every weight, summed up, between the processes."""
+    if PROCESSES > 1:
+        sums = [w.detach().view(torch.int32).sum() + w.numel() for w in parameters]
+        own = torch.stack([*sums, *(-x for x in sums)])
+        distributed.all_reduce(highest := own.clone(), distributed.ReduceOp.MAX)
+        if not torch.equal(own, highest):  # equal, x is the highest, and -x, so x is the lowest too
+            raise RuntimeError("the weights of the processes differ, they train different models")
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes under a temporary name, to the disk, and only then gives it the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"tmp-{path.name}")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def restore(path: Path, config: Namespace, model: nn.Module, parts: dict) -> dict:
+    """Loads a checkpoint, returns its log. ValueError if it is broken or not of this run."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["arguments"] != vars(config):
+            raise ValueError(f"its arguments are {saved['arguments']}")
+        elalora.load_adapter_state_dict(model, saved["adapter"])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        return saved["log"]
+    except Exception as error:  # a broken file makes torch.load raise all kinds
+        raise ValueError(f"{path} is no checkpoint of this run, delete it to start anew "
+                         f"({type(error).__name__}: {error})") from None
+
+
+def prepare(problem: Problem, config: Namespace, recipe: Recipe) -> dict:
+    """Adapts the model; its optimizer, learning rate and allocator."""
+    total = recipe.epochs * problem.steps_per_epoch
+    elalora.inject(problem.model, problem.targets, config.rank, modules_to_save=problem.heads)
+    trainable = [p for p in problem.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, recipe.learning_rate, weight_decay=0.0, foreach=True)
     rate = transformers.get_linear_schedule_with_warmup(optimizer, total // 10, total)
     b, k = (column[RANKS.index(nearest(config.rank))] for column in (recipe.b, recipe.k))
     phases = (recipe.warmup, recipe.stabilize, recipe.interval)
     schedule = elalora.RankSchedule(total, *phases, b, config.schedule)
-    allocator = elalora.RankAllocator(model, optimizer, schedule, k, seed=config.seed)
-    history, adjustments, scores, shown = [], [], {}, {}
-    bar = tqdm.tqdm(total=total, mininterval=1, desc=f"{config.task} seed {config.seed}")
-    for epoch in range(1, recipe.epochs + 1):
-        model.train()
-        losses = []
-        for batch in problem.batches(epoch):
-            loss = problem.loss(batch)
-            (loss + PENALTY_WEIGHT * elalora.orthogonality_penalty(model)).backward()
-            nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            rate.step()
-            adjustment = allocator.step()  # Algorithm 1
-            optimizer.zero_grad()
-            losses.append(value := loss.item())
-            if not math.isfinite(value):
-                raise ValueError(f"loss {value} at step {allocator.t}: try float32 or another seed")
-            if adjustment:
-                adjustments.append(asdict(adjustment))
-                shown["b"] = adjustment.b
-            if allocator.t in (schedule.warmup_steps, schedule.search_end):
-                scores[allocator.t] = torch.cat(list(allocator.importance().values())).tolist()
-            shown |= dict(loss=f"{value:.3f}", rank=sum(allocator.ranks().values()))
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
-        model.eval()
-        metrics = problem.evaluate()
-        history.append(dict(epoch=epoch, train_loss=statistics.fmean(losses), metrics=metrics))
-        shown["dev"] = f"{next(iter(metrics.values())):.4f}"
-    bar.close()
-    return allocator, history, adjustments, scores
+    allocator = elalora.RankAllocator(problem.model, optimizer, schedule, k, seed=config.seed)
+    return dict(optimizer=optimizer, rate=rate, allocator=allocator)
+
+
+def train_epoch(problem: Problem, epoch: int, optimizer: torch.optim.Optimizer, rate,
+                allocator: elalora.RankAllocator, log: dict, bar: tqdm.tqdm) -> float:
+    """A loop with Algorithm 1 in it; returns the mean loss."""
+    model, losses, schedule = problem.model.train(), [], allocator.schedule
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for batch in problem.batches(epoch):
+        loss = problem.loss(batch)
+        (loss + PENALTY_WEIGHT * elalora.orthogonality_penalty(model)).backward()
+        average_gradients(trainable)
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        rate.step()
+        adjustment = allocator.step()  # Algorithm 1
+        optimizer.zero_grad()
+        losses.append(value := loss.item())
+        if not math.isfinite(value):
+            raise ValueError(f"loss {value} at step {allocator.t}: try float32 or another seed")
+        if adjustment:
+            check_alike(trainable)
+            log["adjustments"].append(asdict(adjustment))
+        if allocator.t in (schedule.warmup_steps, schedule.search_end):
+            S = allocator.importance().values()
+            log["scores"][allocator.t] = torch.cat(list(S)).tolist()
+        bar.set_postfix(loss=f"{value:.3f}", rank=sum(allocator.ranks().values()),
+                        adjusted=len(log["adjustments"]), refresh=False)
+        bar.update()
+    check_alike(trainable)
+    return float(mean_of_processes(torch.tensor(statistics.fmean(losses), device=DEVICE)))
+
+
+def train(problem: Problem, config: Namespace, recipe: Recipe, checkpoint: Path) -> tuple:
+    """All epochs, or those after the checkpoint; returns the allocator and the log."""
+    model, parts = problem.model, prepare(problem, config, recipe)
+    allocator, log = parts["allocator"], dict(seconds=0.0, history=[], adjustments=[], scores={})
+    if checkpoint.exists():
+        log = restore(checkpoint, config, model, parts)
+    started, name = time.time() - log["seconds"], f"{config.task} seed {config.seed}"
+    with tqdm.tqdm(desc=name, total=allocator.schedule.total_steps, initial=allocator.t,
+                   mininterval=1, disable=PROCESS > 0) as bar:
+        for epoch in range(len(log["history"]) + 1, recipe.epochs + 1):
+            torch.manual_seed(seed_of(config, epoch) * PROCESSES + PROCESS)  # for dropout
+            train_loss = train_epoch(problem, epoch, **parts, log=log, bar=bar)
+            model.eval()
+            metrics = problem.evaluate()
+            bar.set_description(f"{name}, dev {next(iter(metrics.values())):.4f}")
+            log["history"].append(dict(epoch=epoch, train_loss=train_loss, metrics=metrics))
+            log["seconds"] = time.time() - started
+            if PROCESS == 0:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                adapter = elalora.adapter_state_dict(model)
+                state |= dict(arguments=vars(config), adapter=adapter, log=log)
+                replace(checkpoint, lambda path: torch.save(state, path))
+    return allocator, log
 
 
 def run(config: Namespace, recipe: Recipe, folder: Path) -> dict:
     """Trains once, writes the run's folder and returns what is in its results.json."""
     transformers.set_seed(config.seed)
-    started = time.time()
     problem = (planted_problem if config.task == "planted" else glue_problem)(config, recipe)
-    allocator, history, adjustments, scores = train(problem, config, recipe)
-    metric = next(iter(history[-1]["metrics"]))
+    allocator, log = train(problem, config, recipe, folder / "checkpoint.pt")
+    history, metric = log["history"], next(iter(log["history"][-1]["metrics"]))
     best = (min if metric == "residual" else max)(history, key=lambda h: h["metrics"][metric])
     results = dict(
         task=config.task, method="elalora", rank=config.rank, seed=config.seed,
         metrics=history[-1]["metrics"], best_metrics=best["metrics"], baseline=problem.baseline,
         adapter_parameters=sum(w.numel() for w in allocator.factors.values()),
         trainable_parameters=sum(p.numel() for p in problem.model.parameters() if p.requires_grad),
-        total_steps=allocator.t, seconds=round(time.time() - started, 1),
+        total_steps=allocator.t, seconds=round(log["seconds"], 1),
         arguments=vars(config), recipe=recipe._asdict(),
         versions=dict(
             torch=torch.__version__, transformers=transformers.__version__,
             hardware=torch.cuda.get_device_name() if DEVICE == "cuda"
             else f"CPU, {torch.get_num_threads()} threads"),
-        ranks=allocator.ranks(), history=history, adjustments=adjustments,
+        ranks=allocator.ranks(), history=history, adjustments=log["adjustments"],
     )
-    write_run(folder, results, scores, elalora.adapter_state_dict(problem.model))
+    if PROCESS == 0:
+        write_run(folder, results, log["scores"], problem.model)
     return results
 
 
-def write_run(folder: Path, results: dict, scores: dict[int, list], adapter: dict) -> None:
-    """Each file under a temporary name first; results.json last: it marks the run as finished."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_run(folder: Path, results: dict, scores: dict[int, list], model: nn.Module) -> None:
+    """results.json comes last: it marks the run as finished, and its checkpoint as done with."""
     planted = {"planted": PLANTED} if results["task"] == "planted" else {}
+    adapter = elalora.adapter_state_dict(model)
+    base = "planted" if planted else results["arguments"]["model"]
+    elalora.export_peft(model, folder / "peft", base)
     for name, write in {
         "adapter.safetensors": lambda path: safetensors.torch.save_file(adapter, path),
         "ranks.png": lambda path: plot_ranks(planted | {"found": results["ranks"]}, path),
         "importance.png": lambda path: plot_scores(scores, path),
         "results.json": lambda path: path.write_text(json.dumps(results, indent=1)),
     }.items():
-        write(folder / f"tmp-{name}")
-        os.replace(folder / f"tmp-{name}", folder / name)
+        replace(folder / name, write)
+    (folder / "checkpoint.pt").unlink()
 
 
 def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
@@ -435,15 +552,27 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--schedule", choices=elalora.SHAPES, default="cubic", help="b^(t); default: cubic (eq. 5)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     add("--output-dir", default="runs", help="default: runs")
+    add("--resume", action="store_true", help="go on where unfinished runs had a checkpoint")
     args = parser.parse_args(argv)
     epochs = 1 if args.epochs is None else args.epochs
     if min(*args.rank, epochs, *(seed + 1 for seed in args.seeds)) < 1:
         parser.error("--rank and --epochs take integers >= 1, --seeds integers >= 0")
+    if len({*args.rank}) < len(args.rank) or len({*args.seeds}) < len(args.seeds):
+        parser.error(f"--rank {args.rank} --seeds {args.seeds}: name each but once")
     return args
 
 
 def check_files(args: Namespace) -> None:
-    """Names what is missing before anything is loaded."""
+    """Names what is missing, or cannot be written, before anything is loaded."""
+    folder = Path(args.output_dir)
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--output-dir: cannot write in {folder}: {error.strerror}") from None
+    if args.task == "planted":
+        return
     task = TASKS[args.task]
     for _, stem in task.splits if args.data_dir else ():
         if not (path := Path(args.data_dir, task.folder, f"{stem}.tsv")).is_file():
@@ -453,9 +582,11 @@ def check_files(args: Namespace) -> None:
         raise ValueError(f"--model: {args.model} is no folder with a config.json")
 
 
-def earlier(config: Namespace, folder: Path) -> dict | None:
+def earlier(config: Namespace, folder: Path, resume: bool) -> dict | None:
     """The results of the run, if it is finished; an error if the folder holds a different one."""
     if not (path := folder / "results.json").exists():
+        if (folder / "checkpoint.pt").exists() and not resume:
+            raise ValueError(f"{folder} has an unfinished run: --resume goes on with it")
         return None
     results = json.loads(path.read_text())
     for name, wanted in vars(config).items():
@@ -467,14 +598,15 @@ def earlier(config: Namespace, folder: Path) -> dict | None:
 def run_all(args: Namespace) -> None:
     """Every rank with every seed, but those that are finished."""
     recipe = scaled(RECIPES[args.task], args.epochs or RECIPES[args.task].epochs)
+    check_files(args)
     if args.task != "planted":
-        check_files(args)
         for rank in set(args.rank) - set(RANKS):
             print(f"Table 7 lacks rank {rank}: b and k are those of rank {nearest(rank)}")
-    shared = {k: v for k, v in vars(args).items() if k not in ("rank", "seeds", "output_dir")}
+    apart = ("rank", "seeds", "output_dir", "resume")
+    shared = {k: v for k, v in vars(args).items() if k not in apart} | dict(processes=PROCESSES)
     runs = [Namespace(**shared, rank=rank, seed=seed) for rank in args.rank for seed in args.seeds]
     folders = [Path(args.output_dir, f"{args.task}-elalora-r{c.rank}-s{c.seed}") for c in runs]
-    known = [earlier(config, folder) for config, folder in zip(runs, folders)]
+    known = [earlier(config, folder, args.resume) for config, folder in zip(runs, folders)]
     finished = []
     for config, folder, results in zip(runs, folders, known):
         finished.append(results or run(config, recipe, folder))
@@ -487,8 +619,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if PROCESSES > 1:
+        if DEVICE == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
+    if PROCESS > 0:
+        sys.stdout = open(os.devnull, "w")
     try:
         run_all(args)
+    except KeyboardInterrupt:
+        print("reproduce.py: interrupted; --resume goes on after the last whole epoch",
+              file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         from_hub = isinstance(error, OSError) and error.errno is None
         hint = " (without the hub: --model FOLDER --data-dir FOLDER)" if from_hub else ""
