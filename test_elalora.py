@@ -9,8 +9,10 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from argparse import Namespace
 from fractions import Fraction
@@ -1461,11 +1463,20 @@ def tiny(tmp_path_factory):
     return root
 
 
-def reproduce_py(*arguments, cwd):
+def python(*command, cwd, threads=2):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd.parent / "empty")}
-    environment = os.environ | offline | {"OMP_NUM_THREADS": "2"}
-    command = [sys.executable, HERE / "reproduce.py", *map(str, arguments)]
+    environment = os.environ | offline | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE)}
+    command = [sys.executable, *map(str, command)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def reproduce_py(*arguments, cwd):
+    return python(HERE / "reproduce.py", *arguments, cwd=cwd)
+
+
+def torchrun(script, *arguments, cwd):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    return python(*launch, script, *arguments, cwd=cwd, threads=1)
 
 
 @pytest.mark.parametrize(
@@ -1481,7 +1492,7 @@ def test_reproduce_runs_end_to_end_on_the_hubs_layout(
     assert result.returncode == 0, result.stderr
     assert "Table 7 lacks rank 3: b and k are those of rank 2" in result.stdout
     folder = tmp_path / f"runs/{task}-elalora-r3-s0"
-    names = {"results.json", "ranks.png", "importance.png", "adapter.safetensors"}
+    names = {"results.json", "ranks.png", "importance.png", "adapter.safetensors", "peft"}
     assert {path.name for path in folder.iterdir()} == names
     results = json.loads((folder / "results.json").read_text())
     assert list(results["metrics"]) == list(results["best_metrics"]) == metrics
@@ -1505,6 +1516,13 @@ def test_reproduce_runs_end_to_end_on_the_hubs_layout(
     load_adapter_state_dict(problem.model, load_file(folder / "adapter.safetensors"))
     problem.model.to(reproduce.DEVICE).eval()
     assert problem.evaluate() == pytest.approx(results["metrics"], abs=1e-3)
+    # So it is in PEFT.
+    import peft
+
+    base, _, _ = reproduce.load_model(config, 2 if task == "rte" else 1)
+    loaded = peft.PeftModel.from_pretrained(base, folder / "peft").eval()
+    ids = torch.randint(4, 40, (5, 9))
+    torch.testing.assert_close(loaded(ids).logits, problem.model(ids).logits, rtol=0, atol=1e-5)
     # Again: finished before. With other arguments: refused.
     monkeypatch.chdir(tmp_path)
     reproduce.main(list(map(str, arguments)))
@@ -1605,6 +1623,232 @@ def test_an_unreachable_hub_is_told_in_one_line(tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].endswith("--model FOLDER --data-dir FOLDER)")
     assert not list(tmp_path.iterdir())
+
+
+# ---- Several processes ----
+
+
+SHARED_PLANTED = """
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+import elalora
+import reproduce
+
+def planted(folder):
+    torch.set_num_threads(1)
+    reproduce.PLANTED = dict(list(reproduce.PLANTED.items())[:12])
+    reproduce.STEPS_PER_EPOCH = 30
+    recipe = reproduce.Recipe(32, 2e-2, 3, 30, 20, 5, (4, 4, 4), (1, 1, 1), None)
+    config = Namespace(task="planted", rank=4, seed=3, schedule="cubic")
+    torch.manual_seed(3)
+    problem = reproduce.planted_problem(config, recipe)
+    parts, log = reproduce.train(problem, config, recipe, Path(folder, "checkpoint.pt"))
+    return problem.model, log
+
+if __name__ == "__main__":
+    distributed.init_process_group("gloo")
+    model, log = planted(sys.argv[1])
+    torch.save((elalora.adapter_state_dict(model), log), f"{sys.argv[1]}/{reproduce.PROCESS}.pt")
+    if reproduce.PROCESS == 1:  # one bit
+        weight = next(p for p in model.parameters() if p.requires_grad)
+        weight.data.view(torch.int32)[0, 0] ^= 1
+    reproduce.check_alike([p for p in model.parameters() if p.requires_grad])
+"""
+
+
+def test_two_processes_train_the_model_that_one_trains(tmp_path, monkeypatch):
+    """Alike to the bit, like one process to 1e-4 before the first adjustment; checked."""
+    script = tmp_path / "shared_planted.py"
+    script.write_text(SHARED_PLANTED)
+    result = torchrun(script, tmp_path, cwd=tmp_path)
+    assert result.stderr.count("RuntimeError: the weights of the processes differ") == 2
+    assert result.stderr.count(" 0/90 ") == 1  # one progress bar
+    (zero, log), (one, _) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
+    assert zero.keys() == one.keys() and all(torch.equal(zero[key], one[key]) for key in zero)
+    assert [adjustment["step"] for adjustment in log["adjustments"]][0] == 35
+    assert len({value.numel() for key, value in zero.items() if "Lambda" in key}) > 1
+    monkeypatch.setattr(reproduce, "PLANTED", reproduce.PLANTED)
+    monkeypatch.setattr(reproduce, "STEPS_PER_EPOCH", 30)
+    alone = {"__name__": "alone"}
+    exec(SHARED_PLANTED, alone)
+    (tmp_path / "alone").mkdir()
+    _, expected = alone["planted"](tmp_path / "alone")
+    first, other = expected["history"][0], log["history"][0]
+    assert other["train_loss"] == pytest.approx(first["train_loss"], abs=1e-4)
+    assert other["metrics"] == pytest.approx(first["metrics"], abs=1e-4)
+    assert first["metrics"]["residual"] < 0.9
+
+
+def test_torchrun_shares_the_examples_and_writes_once(tiny, tmp_path):
+    """With dropout, through the command line: one report, one folder, all examples in an epoch."""
+    arguments = ["--task", "rte", "--epochs", 1, "--model", tiny / "deberta", "--data-dir", tiny]
+    result = torchrun(HERE / "reproduce.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("rte, rank 4, seed 0: 31 steps") == 1
+    results = json.loads((tmp_path / "runs/rte-elalora-r4-s0/results.json").read_text())
+    assert results["arguments"]["processes"] == 2 and results["adjustments"]
+    refused = reproduce_py(*arguments, cwd=tmp_path)
+    assert refused.returncode == 2 and "has processes 2, not 1" in refused.stderr
+
+
+@pytest.mark.parametrize("size, processes", [(10, 1), (10, 2), (11, 2), (12, 3)])
+def test_the_shards_of_an_epoch_are_the_batches_of_one_process(size, processes, tiny, monkeypatch):
+    """Batch by batch the shards of all processes join to what one process would take."""
+
+    def batches(process, processes):
+        monkeypatch.setattr(reproduce, "PROCESS", process)
+        monkeypatch.setattr(reproduce, "PROCESSES", processes)
+        pad, (train, dev) = reproduce.load_examples("rte", str(tiny), str(tiny / "deberta"))
+        rows = [dict(row, labels=i) for i, row in enumerate(train[:size])]
+        monkeypatch.setattr(reproduce, "load_examples", lambda *_: (pad, [rows, dev]))
+        config = dict(task="rte", data_dir=str(tiny), model=str(tiny / "deberta"), seed=0)
+        recipe = reproduce.RECIPES["rte"]._replace(batch_size=6)
+        problem = reproduce.glue_problem(Namespace(**config, dtype="float32", rank=2), recipe)
+        found = [
+            sorted(i for part in b for i in part["labels"].tolist()) for b in problem.batches(1)
+        ]
+        monkeypatch.undo()
+        assert len(found) == problem.steps_per_epoch
+        return found
+
+    whole = batches(0, 1)
+    assert sorted(sum(whole, [])) == list(range(size))
+    shards = [batches(process, processes) for process in range(processes)]
+    for expected, *parts in zip(whole, *shards, strict=True):
+        assert len({len(part) for part in parts}) == 1
+        joined = sum(parts, [])
+        assert set(joined) >= set(expected) and len(joined) - len(expected) < processes
+
+
+# ---- Killed, interrupted, broken ----
+
+
+@pytest.fixture
+def short_rte(tiny, tmp_path, monkeypatch):
+    """Arguments of a run of 60 epochs of 3 steps, with dropout, and what runs it in a fork."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    (tmp_path / "RTE").mkdir()
+    for stem, size in (("train", 160), ("dev", 40)):
+        lines = (tiny / f"RTE/{stem}.tsv").read_text().splitlines()
+        (tmp_path / f"RTE/{stem}.tsv").write_text("\n".join(lines[: size + 1]))
+    recipe = reproduce.Recipe(64, 5e-3, 60, 12, 40, 8, (3, 3, 3), (2, 2, 2), None)
+    monkeypatch.setitem(reproduce.RECIPES, "rte", recipe)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--task", "rte", "--model", str(tiny / "deberta"), "--data-dir", str(tmp_path)]
+    reproduce.compute_metrics(["f1"], [1], [1])  # forks share what is imported
+
+    def start(*more):
+        """The process of a run whose stderr goes to a file."""
+        if pid := os.fork():
+            return pid
+        code = 1
+        try:
+            sys.stdout = sys.stderr = open("stderr", "w", buffering=1)
+            torch.set_num_threads(1)
+            reproduce.load_examples.cache_clear()
+            reproduce.main([*arguments, *more])
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        finally:
+            os._exit(code)
+
+    return start
+
+
+def ended(pid):
+    """A process's exit code; negative if a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def outcome(folder):
+    """All of a run's results but the times, and the bytes of its adapters."""
+    results = json.loads((folder / "results.json").read_text())
+    del results["seconds"]
+    names = ("adapter.safetensors", "peft/adapter_model.safetensors", "peft/adapter_config.json")
+    return results, [(folder / name).read_bytes() for name in names]
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(short_rte, tmp_path):
+    """SIGKILL at random moments, then --resume: the same weights and metrics to the bit."""
+    started, pid = time.time(), short_rte("--output-dir", "whole")
+    while not Path("whole/rte-elalora-r4-s0/checkpoint.pt").exists():
+        time.sleep(0.01)
+    startup = time.time() - started
+    assert ended(pid) == 0, Path("stderr").read_text()
+    random = np.random.default_rng()
+    folder, kills, resumed = Path("killed/rte-elalora-r4-s0"), 0, set()
+    while kills < 12:
+        pid = short_rte("--output-dir", "killed", "--resume")
+        time.sleep(startup * random.uniform(0.5, 1.5))
+        os.kill(pid, signal.SIGKILL)
+        kills += ended(pid) == -signal.SIGKILL
+        assert not (folder / "results.json").exists(), "too fast to be killed 12 times"
+        if (folder / "checkpoint.pt").exists():
+            resumed.add(len(torch.load(folder / "checkpoint.pt")["log"]["history"]))
+    assert len(resumed) > 2, "too slow to go on between the kills"
+    assert ended(short_rte("--output-dir", "killed", "--resume")) == 0, Path("stderr").read_text()
+    assert not (folder / "checkpoint.pt").exists()
+    expected, got = outcome(Path("whole/rte-elalora-r4-s0")), outcome(folder)
+    assert got == expected
+    assert got[0]["adjustments"] and len(set(got[0]["ranks"].values())) > 1
+
+
+def test_an_interrupted_run_says_so_in_one_line_and_goes_on(short_rte):
+    """Ctrl-C exits with 130; the command alone is refused then, with --resume it goes on."""
+    pid, folder = short_rte(), Path("runs/rte-elalora-r4-s0")
+    while not (folder / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGINT)
+    assert ended(pid) == 130
+    last = Path("stderr").read_text().splitlines()[-1]
+    assert last == "reproduce.py: interrupted; --resume goes on after the last whole epoch"
+    assert "Traceback" not in Path("stderr").read_text()
+    before = len(torch.load(folder / "checkpoint.pt")["log"]["history"])
+    assert ended(short_rte()) == 2
+    assert "has an unfinished run: --resume goes on with it" in Path("stderr").read_text()
+    assert ended(short_rte("--resume")) == 0
+    history = json.loads((folder / "results.json").read_text())["history"]
+    assert [part["epoch"] for part in history] == list(range(1, 61)) and before < 60
+
+
+def test_a_checkpoint_that_is_not_this_runs_is_named_and_refused(short_rte):
+    """Truncated, foreign or of other arguments: exit code 2, the file named, nothing changed."""
+    pid, path = short_rte(), Path("runs/rte-elalora-r4-s0/checkpoint.pt")
+    while not path.exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    ended(pid)
+    whole, state = path.read_bytes(), torch.load(path)
+    key = next(key for key in state["adapter"] if key.endswith(".Lambda"))
+
+    def saved(change):
+        torch.save(change, file := io.BytesIO())
+        return file.getvalue()
+
+    for broken, reason in [
+        (whole[:-1000], ""),
+        (whole[: len(whole) // 2], ""),
+        (b"", ""),
+        (b"weights", ""),
+        (saved({"weights": torch.zeros(3)}), "KeyError: 'arguments'"),
+        (saved(state | {"arguments": state["arguments"] | {"seed": 7}}), "'seed': 7"),
+        (saved(state | {"adapter": state["adapter"] | {key: torch.zeros(2)}}), "has shape"),
+        (saved(state | {"allocator": {}}), "KeyError: 'averages'"),
+    ]:
+        path.write_bytes(broken)
+        assert ended(short_rte("--resume")) == 2
+        *_, last = Path("stderr").read_text().splitlines()
+        start = f"reproduce.py: error: {path} is no checkpoint of this run, delete it to start anew"
+        assert last.startswith(start) and reason in last
+        assert "Traceback" not in Path("stderr").read_text() and path.read_bytes() == broken
+    assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
 
 
 # ---- README.md ----
