@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1854,10 +1855,14 @@ def test_a_checkpoint_that_is_not_this_runs_is_named_and_refused(short_rte):
 # ---- README.md ----
 
 
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """Its blocks, one after the other, with a model and data in place of the reader's."""
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 2
+    """Its loop, and what saves and loads, with a model and data in place of the reader's."""
+    assert len(readme_blocks()) == 4
+    blocks = readme_blocks()[:2]
 
     class Classifier(Net):
         def forward(self, x):
@@ -1876,6 +1881,86 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), names)
     assert not any(isinstance(module, SVDLinear) for module in names["model"].modules())
     assert names["model"](torch.randn(4, 6)).loss.isfinite()
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+
+
+TINY_BERT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, vocab_size=40)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "language model"])
+def test_the_trainer_of_the_readme_trains_like_algorithm_1_and_resumes(kind, tmp_path, monkeypatch):
+    """With accumulation, clipping and a checkpoint it is the plain loop; resumed, it ends alike."""
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Trainer,
+        TrainingArguments,
+    )
+
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 40, (48, 6), generator=generator)
+    if kind == "classifier":
+        targets, heads, labels = ["query", "output.dense"], ["pooler", "classifier"], ids[:, 0] % 2
+        sizes = dict(TINY_BERT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    else:  # whose loss the Trainer would divide by its number of tokens; rows of unlike length
+        targets, heads, labels = ["q_proj", "down_proj"], [], ids.clone()
+        labels[::3, 2:] = -100
+        sizes = dict(TINY_BERT, num_key_value_heads=1)
+    rows = [dict(input_ids=x, labels=y) for x, y in zip(ids, labels)]
+
+    def fresh():
+        torch.manual_seed(0)
+        if kind == "classifier":
+            base = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2))
+        else:
+            base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        return inject(base, targets, 2, modules_to_save=heads)
+
+    def train(model, **kwargs):
+        arguments = TrainingArguments(
+            "out", max_steps=24, per_device_train_batch_size=2, gradient_accumulation_steps=4,
+            max_grad_norm=1.0, learning_rate=0.05, lr_scheduler_type="constant", save_steps=12,
+            optim="sgd", report_to=[], disable_tqdm=True, use_cpu=True, seed=5,
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        names = dict(torch=torch, injected=model, arguments=arguments, dataset=rows)
+        resumed = "trainer.train(resume_from_checkpoint=True)" if kwargs else "trainer.train()"
+        code = readme_blocks()[2].replace("trainer.train()", resumed)
+        exec(compile(code, "README.md", "exec"), names)
+        return names["trainer"]
+
+    trainer = train(fresh())
+    allocators = [getattr(c, "allocator", None) for c in trainer.callback_handler.callbacks]
+    (allocator,) = filter(None, allocators)
+    assert allocator.t == 24 and len(set(allocator.ranks().values())) > 1
+    # The plain loop
+    plain = fresh()
+    optimizer = torch.optim.SGD(trainable(plain), 0.05)
+    own = RankAllocator(plain, optimizer, allocator.schedule, 1)
+    plain.train()
+    for step in range(24):
+        index = torch.arange(8 * step, 8 * step + 8) % 48
+        parts = list(zip(ids[index].split(2), labels[index].split(2)))
+        for x, y in parts:
+            (plain(input_ids=x, labels=y).loss / 4).backward()
+        (0.1 * orthogonality_penalty(plain)).backward()
+        nn.utils.clip_grad_norm_(trainable(plain), 1.0)
+        optimizer.step()
+        own.step()
+        optimizer.zero_grad()
+    assert own.ranks() == allocator.ranks()
+    expected = adapter_state_dict(plain)
+    torch.testing.assert_close(adapter_state_dict(trainer.model), expected, rtol=1e-3, atol=1e-4)
+    # From the checkpoint of step 12
+    whole = adapter_state_dict(trainer.model)
+    shutil.rmtree("out/checkpoint-24")
+    resumed = train(fresh(), resume=True)
+    assert resumed.state.global_step == 24
+    got = adapter_state_dict(resumed.model)
+    assert all(torch.equal(got[key], value) for key, value in whole.items())
 
 
 RUNS = sorted(HERE.glob("results/*/results.json"))
