@@ -206,6 +206,17 @@ def read_tsv(path: Path, task: Task) -> tuple[list[list[str]], list[float]]:
     return texts, labels
 
 
+def pretrained(auto: type, model: str, **arguments):
+    """from_pretrained, with an error that names the model."""
+    try:
+        return auto.from_pretrained(model, **arguments)
+    except Exception as error:  # broken files raise all kinds
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # transformers names what it did not find
+        raise ValueError(f"--model: {model} cannot be loaded, {type(error).__name__}: "
+                         f"{str(error).strip()}") from None
+
+
 def character_map(tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[[str], str]:
     """SentencePiece's own normalization, which transformers 5 leaves out of DebertaV2Tokenizer."""
     file = str(getattr(tokenizer, "vocab_file", None))
@@ -228,7 +239,7 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
         hub = datasets.load_dataset(GLUE, name)
         parts = [hub[split] for split, _ in task.splits]
         splits = [([list(p[column]) for column in task.texts], list(p["label"])) for p in parts]
-    tokenizer, examples = transformers.AutoTokenizer.from_pretrained(model), []
+    tokenizer, examples = pretrained(transformers.AutoTokenizer, model), []
     if tokenizer.pad_token is None:
         raise ValueError(f"--model: the tokenizer of {model} has no pad token, which batches need")
     mapped = character_map(tokenizer)
@@ -255,8 +266,8 @@ def compute_metrics(names: Iterable[str], predicted: list, labels: list) -> dict
 
 def load_model(config: Namespace, num_labels: int) -> tuple[nn.Module, list[str], list[str]]:
     """An encoder with a new head; the names of the matrices to adapt (Figure 2); the head's."""
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        config.model, num_labels=num_labels,
+    model = pretrained(
+        transformers.AutoModelForSequenceClassification, config.model, num_labels=num_labels,
         dtype=torch.float32)  # not the checkpoint's: DeBERTaV3's float16 is NaN after a step
     names = [f".{name}" for name, _ in model.named_modules()]
     heads = [h for h in ("pooler", "classifier") if any(name.endswith(f".{h}") for name in names)]

@@ -1604,6 +1604,12 @@ def test_planted_runs_repeat_to_the_bit_and_seeds_are_summarized(tmp_path, monke
         (["--rank", "1"], "--rank 1: 2 to 11 leave a choice"),
         (["--epochs", "0"], "--rank and --epochs take integers >= 1"),
         (["--rank", "12"], "--rank 12: 2 to 11 leave a choice"),
+        (["--rank", "-4"], "--rank and --epochs take integers >= 1"),
+        (["--seeds", "-1"], "--seeds integers >= 0"),
+        (["--seeds", "3", "1", "3"], r"--seeds \[3, 1, 3\]: name each but once"),
+        (["--rank", "4", "4"], r"--rank \[4, 4\] .* name each but once"),
+        (["--output-dir", "/dev/null/runs"], "--output-dir: cannot write in /dev/null: Not a dir"),
+        (["--output-dir", "/proc/runs"], "--output-dir: cannot write in /proc"),
     ],
 )
 def test_bad_arguments_end_in_one_line_and_exit_code_2(
@@ -1616,6 +1622,91 @@ def test_bad_arguments_end_in_one_line_and_exit_code_2(
     assert exit.value.code == 2
     assert re.search(message, capsys.readouterr().err.splitlines()[-1])
     assert not list(tmp_path.iterdir())
+
+
+def edit(name, old, new, count=1):
+    def change(folder):
+        (folder / name).write_bytes((folder / name).read_bytes().replace(old, new, count))
+
+    return change
+
+
+def without_weights(folder):
+    (folder / "deberta/pytorch_model.bin").unlink()
+
+
+def cut_weights(folder):
+    path = folder / "deberta/pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def without_pad_token(folder, **tokens):
+    import tokenizers
+    import transformers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **tokens)
+    tokenizer.save_pretrained(folder / "deberta")
+    (folder / "deberta/spm.model").unlink()
+
+
+def unlike_bert(folder):
+    import transformers
+
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, pad_token_id=0)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(folder / "deberta")
+    without_pad_token(folder, pad_token="b")
+
+
+def cut_tokenizer(folder):
+    path = folder / "deberta/spm.model"
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def few_rows(folder):
+    lines = (folder / TRAIN).read_text().splitlines()
+    (folder / TRAIN).write_text("\n".join(lines[:101]))
+
+
+TRAIN = "RTE/train.tsv"
+HOSTILE = {  # what is done to a good folder, further arguments, the error
+    "header alone": (lambda f: (f / TRAIN).write_text("index\tsentence1\tsentence2\tlabel\n"), [],
+                     "train.tsv: no examples"),
+    "nothing": (lambda f: (f / TRAIN).write_text(""), [], "train.tsv, line 0: no column"),
+    "truncated": (lambda f: (f / TRAIN).write_bytes((f / TRAIN).read_bytes()[:5000]), [],
+                  r"train.tsv, line \d+: (more or fewer than 4 columns|the label is)"),
+    "columns": (edit(TRAIN, b"\tsentence2", b""), [], "line 1: no column 'sentence2'"),
+    "a tab more": (edit(TRAIN, b"\n3\t", b"\n3\t\t"), [], "line 5: more or fewer than 4 columns"),
+    "label": (edit(TRAIN, b"\tentailment\n", b"\tEntailment\n"), [], "the label is 'Entailment', not"),
+    "UTF-8": (edit("RTE/dev.tsv", b"\n3\t", b"\n3\xff\t"), [], "dev.tsv, line .*'utf-8' codec can't"),
+    "carriage return": (edit(TRAIN, b"\n3\t", b"\n3 \r \t"), [], "train.tsv, line .*new-line"),
+    "no weights": (without_weights, [], "no file named .*pytorch_model.bin.* in directory .*deberta"),
+    "cut weights": (cut_weights, [], "--model: .*deberta cannot be loaded"),
+    "cut tokenizer": (cut_tokenizer, [], "--model: .*deberta cannot be loaded"),
+    "config": (edit("deberta/config.json", b'"', b""), [], "deberta/config.json.* valid JSON"),
+    "no pad token": (without_pad_token, [], "--model: the tokenizer of .*deberta has no pad token"),
+    "GPT-2": (unlike_bert, [], "--model: .*deberta is not built like DeBERTa, BERT or RoBERTa"),
+    "huge rank": (lambda f: None, ["--rank", "100000"], r"must be an integer in 1\.\.16, got 100000"),
+    "phases": (few_rows, [], "total_steps must hold warm-up, .*total_steps=100, warmup_steps=300"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, arguments, message", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files_end_in_one_line_and_exit_code_2(
+    change, arguments, message, tiny, tmp_path, monkeypatch, capsys
+):
+    """Whatever is wrong with data or model is named before training, and nothing is written."""
+    shutil.copytree(tiny, tmp_path / "given")
+    monkeypatch.chdir(tmp_path)
+    change(tmp_path / "given")
+    reproduce.load_examples.cache_clear()
+    command = ["--task", "rte", "--model", "given/deberta", "--data-dir", "given", *arguments]
+    with pytest.raises(SystemExit) as exit:
+        reproduce.main(command)
+    assert exit.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert re.match("reproduce.py: error: .*" + message, last), last
+    assert [path.name for path in tmp_path.iterdir()] == ["given"]
 
 
 def test_an_unreachable_hub_is_told_in_one_line(tmp_path):
@@ -1961,6 +2052,56 @@ def test_the_trainer_of_the_readme_trains_like_algorithm_1_and_resumes(kind, tmp
     assert resumed.state.global_step == 24
     got = adapter_state_dict(resumed.model)
     assert all(torch.equal(got[key], value) for key, value in whole.items())
+
+
+README_DDP = """
+import sys
+from types import SimpleNamespace
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from test_elalora import ADAPTED, Net, readme_blocks, training
+from elalora import RankSchedule, adapter_state_dict, inject, orthogonality_penalty
+
+class Classifier(Net):
+    def forward(self, x):
+        return SimpleNamespace(loss=super().forward(x).square().mean())
+
+def train(wrap, process, processes):
+    model = inject(Classifier(), ["query", "dense"], 2, modules_to_save=["head"])
+    schedule = RankSchedule(24, 4, 4, 4, 2)
+    optimizer, allocator = training(model, 2, 1, torch.optim.SGD, schedule, lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(8, 6, generator=generator) for _ in range(24)]
+    names = dict(model=model, optimizer=optimizer, allocator=allocator,
+                 orthogonality_penalty=orthogonality_penalty, DistributedDataParallel=wrap,
+                 loader=[dict(x=x[process::processes]) for x in batches])
+    exec(readme_blocks()[3], names)
+    assert allocator.t == 24
+    return adapter_state_dict(model)
+
+if __name__ == "__main__":
+    distributed.init_process_group("gloo")
+    process = distributed.get_rank()
+    torch.save(train(DistributedDataParallel, process, 2), f"{sys.argv[1]}/{process}.pt")
+"""
+
+
+def test_the_readmes_distributed_data_parallel_equals_one_process(tmp_path):
+    """Two gloo processes end alike to the bit, and as one process with the whole batch does."""
+    script = tmp_path / "ddp.py"
+    script.write_text(README_DDP)
+    result = torchrun(script, tmp_path, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    zero, one = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
+    assert zero.keys() == one.keys() and all(torch.equal(zero[key], one[key]) for key in zero)
+    alone = {"__name__": "alone"}
+    exec(README_DDP, alone)
+    expected = alone["train"](lambda model: model, 0, 1)
+    torch.testing.assert_close(zero, expected, rtol=1e-3, atol=1e-4)
+    assert len({value.numel() for key, value in expected.items() if "Lambda" in key}) > 1
 
 
 RUNS = sorted(HERE.glob("results/*/results.json"))
