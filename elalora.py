@@ -57,7 +57,7 @@ class SVDLinear(nn.Module):
         self.P, self.Lambda, self.Q = map(nn.Parameter, (P, P.new_zeros(rank), Q))
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("scaling", P.new_tensor(alpha / rank))
-        self.search = {"step": 0, "end": 0}  # how far RankAllocator is
+        self.search = {"step": 0, "end": 0}  # RankAllocator's steps so far, and those it needs
         self.base_layer = base_layer.requires_grad_(False)
 
     @property
@@ -421,16 +421,16 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
     """Writes a LoRA adapter that peft.PeftModel.from_pretrained(base, directory) loads.
 
     A is Q, B is P diag(Lambda), alpha is s r. What PEFT takes for saved modules, by the ends of
-    names, is written in whole. Raises ValueError for what it cannot adapt, a layer in two places.
+    names, is written in whole. Raises ValueError for what it cannot adapt. Needs safetensors.
     """
     from safetensors.torch import save_file
     layers, modules = _adapted(model, ended=True), dict(model.named_modules(remove_duplicate=False))
-    if [n for n, module in modules.items() if n and isinstance(module, SVDLinear)] != [*layers]:
-        raise ValueError("PEFT adapts a layer under one name only; merge() the model instead")
     saved = [name for name, module in modules.items() if hasattr(module, "elalora_saved")]
     whole = [name for name in modules if name.endswith(tuple(saved))]
     within = tuple(f"{name}." for name in whole)
     lora = {n: layer for n, layer in layers.items() if not f"{n}.".startswith(within)}
+    if not lora or [n for n, m in modules.items() if n and isinstance(m, SVDLinear)] != [*layers]:
+        raise ValueError("PEFT cannot adapt a layer in two places, nor none; merge() the model")
     source = model if lora == layers else merge(copy.deepcopy(model))
     tensors = {f"{name}.lora_A.weight": layer.Q for name, layer in lora.items()}
     tensors |= {f"{name}.lora_B.weight": layer.P * layer.Lambda for name, layer in lora.items()}

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from argparse import Namespace
@@ -1268,11 +1269,12 @@ def test_peft_finds_each_module_where_names_are_tails_of_others(adapted, tmp_pat
 
 
 def test_what_peft_would_adapt_wrongly_is_not_exported(tmp_path):
-    """PEFT adapts a shared layer in one of its places only: a ValueError, and no file."""
+    """Layers in two places, a bare one, or none that it takes for adapted: a ValueError, no file."""
     shared = nn.Linear(4, 4)
     model = inject(nn.Sequential(shared, nn.Tanh(), shared), ["0"], 2)
-    for refused in (model, SVDLinear(nn.Linear(4, 4), 2)):
-        with pytest.raises(ValueError, match="under one name only; merge"):
+    none = inject(Tails(), ["overhead"], 2, modules_to_save=["head"])
+    for refused in (model, SVDLinear(nn.Linear(4, 4), 2), none):
+        with pytest.raises(ValueError, match="in two places, nor none; merge"):
             elalora.export_peft(refused, tmp_path / "peft", "base")
     assert not (tmp_path / "peft").exists()
 
@@ -1377,6 +1379,120 @@ def test_tsv_files_are_read_literally(tmp_path):
     assert reproduce.read_tsv(path, reproduce.TASKS["mrpc"]) == ([['" a\u2028b'], ['""']], [1])
     path.write_text("gj04\t0\t*\tThem is late.\n")
     assert reproduce.read_tsv(path, reproduce.TASKS["cola"]) == ([["Them is late."]], [0])
+
+
+@st.composite
+def tsv_files(draw):
+    """A task, good rows of it, and the bytes of a file of them, whole or damaged somewhere."""
+    task = reproduce.TASKS[draw(st.sampled_from(sorted(reproduce.TASKS)))]
+    text = st.text(
+        st.characters(exclude_characters="\t\n\r", exclude_categories=["Cs"]), max_size=8
+    )
+    label = st.sampled_from(task.labels) if task.labels else st.floats(0, 5).map(str)
+    rows = draw(st.lists(st.tuples(label, *[text] * len(task.texts)), min_size=1, max_size=5))
+    header = task.header or draw(st.permutations(["index", task.tsv_label, *task.tsv_texts]))
+    lines = [] if task.header else ["\t".join(header)]
+    for values in rows:
+        cells = dict(zip((task.tsv_label, *task.tsv_texts), values))
+        lines.append("\t".join(cells.get(name, "x") for name in header))
+    content = "\n".join(lines).encode() + draw(st.sampled_from([b"", b"\n"]))
+    damage = draw(st.sampled_from(["none", "none", "bytes", "cut", "label"]))
+    if damage == "bytes":
+        at = draw(st.integers(0, len(content)))
+        content = content[:at] + draw(st.binary(min_size=1, max_size=3)) + content[at:]
+    elif damage == "cut":
+        content = content[: draw(st.integers(0, len(content) - 1))]
+    elif damage == "label":
+        wrong = draw(st.sampled_from(["", "2", "nan", "inf", "Entailment", " "]))
+        lines[-1] = "\t".join(wrong if n == task.tsv_label else "x" for n in header)
+        content = "\n".join(lines).encode()
+    return task, rows, content, damage
+
+
+@given(tsv_files())
+@settings(max_examples=400)
+def test_every_tsv_file_loads_or_ends_in_an_error_that_names_it(case):
+    """Good files give their rows literally; damaged ones load, or are a ValueError with the path."""
+    task, rows, content, damage = case
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "train.tsv")
+        path.write_bytes(content)
+        try:
+            texts, labels = reproduce.read_tsv(path, task)
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and damage != "none"
+            return
+    assert damage != "label" or (task.labels == () and content.endswith(b"2"))
+    assert len(texts) == len(task.texts) and {len(column) for column in texts} == {len(labels)}
+    if task.labels:
+        assert all(label in range(len(task.labels)) for label in labels)
+    else:
+        assert all(np.isfinite(labels))
+    if damage == "none":
+        expected = [task.labels.index(row[0]) if task.labels else float(row[0]) for row in rows]
+        assert labels == expected and list(zip(*texts)) == [row[1:] for row in rows]
+
+
+def test_an_empty_sentence_trains(tiny, tmp_path, monkeypatch):
+    """A text without characters is legal: special tokens alone."""
+    shutil.copytree(tiny, tmp_path / "given")
+    path = tmp_path / "given/RTE/train.tsv"
+    lines = [line.split("\t") for line in path.read_text().splitlines()]
+    for line in lines[1::2]:
+        line[1:3] = "", ""
+    path.write_text("\n".join("\t".join(line) for line in lines))
+    monkeypatch.chdir(tmp_path)
+    reproduce.load_examples.cache_clear()
+    command = ["--task", "rte", "--model", "given/deberta", "--data-dir", "given", "--epochs", "1"]
+    reproduce.main(command)
+    assert Path("runs/rte-elalora-r4-s0/results.json").exists()
+
+
+@pytest.fixture(scope="module")
+def deberta_tokenizer(tmp_path_factory):
+    """A DebertaV2Tokenizer with a SentencePiece model of many characters, and that model."""
+    import sentencepiece
+    import transformers
+
+    folder = tmp_path_factory.mktemp("spm")
+    ascii = [chr(i) for i in range(33, 127)]
+    (folder / "text").write_text("\n".join(f"{a}{b} {b}{a} ... 1/2" for a in ascii for b in ascii))
+    tokens = {f"{name}_id": i for i, name in enumerate(("pad", "bos", "eos", "unk"))}
+    names = dict(pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "spm"), vocab_size=150,
+        character_coverage=1.0, minloglevel=2, model_type="unigram", **tokens, **names,
+    )  # fmt: skip
+    (folder / "config.json").write_text('{"model_type": "deberta-v2"}')
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
+    return transformers.AutoTokenizer.from_pretrained(folder), pieces
+
+
+@given(
+    st.lists(
+        st.sampled_from(["…", "½", "\u00a0", "ＦＵＬＬ", "％", "ﬁ", "™", "\u200b", "é", "e\u0301"])
+        | st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=4),
+        max_size=8,
+    ).map("".join)
+)
+@settings(max_examples=300)
+@example("½ cup… of\u00a0tea, ＦＵＬＬ")
+def test_deberta_texts_are_split_as_sentencepiece_splits_them(deberta_tokenizer, text):
+    """With its character map restored, transformers' tokenizer gives SentencePiece's own pieces."""
+    tokenizer, pieces = deberta_tokenizer
+    mapped = reproduce.character_map(tokenizer)
+    got = tokenizer(mapped(text), add_special_tokens=False)["input_ids"]
+    assert got == pieces.encode(text)
+    assert mapped(text) == text or not text.isascii()
+
+
+def test_the_character_map_is_needed_and_for_sentencepiece_alone(deberta_tokenizer):
+    """Left to transformers, these texts are other tokens; a WordPiece tokenizer is left alone."""
+    tokenizer, pieces = deberta_tokenizer
+    for text in ("…", "½", "a\u00a0b", "ＦＵＬＬ"):
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] != pieces.encode(text)
+    assert reproduce.character_map(SimpleNamespace(vocab_file="vocab.txt"))("½…") == "½…"
 
 
 @pytest.mark.skipif("GLUE_DIR" not in os.environ, reason="GLUE_DIR names no folder of GLUE's TSVs")
