@@ -1269,7 +1269,7 @@ def test_peft_finds_each_module_where_names_are_tails_of_others(adapted, tmp_pat
 
 
 def test_what_peft_would_adapt_wrongly_is_not_exported(tmp_path):
-    """Layers in two places, a bare one, or none that it takes for adapted: a ValueError, no file."""
+    """A layer in two places, a bare one, or none that it would adapt: a ValueError, no file."""
     shared = nn.Linear(4, 4)
     model = inject(nn.Sequential(shared, nn.Tanh(), shared), ["0"], 2)
     none = inject(Tails(), ["overhead"], 2, modules_to_save=["head"])
@@ -1412,7 +1412,7 @@ def tsv_files(draw):
 @given(tsv_files())
 @settings(max_examples=400)
 def test_every_tsv_file_loads_or_ends_in_an_error_that_names_it(case):
-    """Good files give their rows literally; damaged ones load, or are a ValueError with the path."""
+    """Good files give their rows literally; damaged ones load or are named by a ValueError."""
     task, rows, content, damage = case
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "train.tsv")
@@ -1793,16 +1793,16 @@ HOSTILE = {  # what is done to a good folder, further arguments, the error
                   r"train.tsv, line \d+: (more or fewer than 4 columns|the label is)"),
     "columns": (edit(TRAIN, b"\tsentence2", b""), [], "line 1: no column 'sentence2'"),
     "a tab more": (edit(TRAIN, b"\n3\t", b"\n3\t\t"), [], "line 5: more or fewer than 4 columns"),
-    "label": (edit(TRAIN, b"\tentailment\n", b"\tEntailment\n"), [], "the label is 'Entailment', not"),
-    "UTF-8": (edit("RTE/dev.tsv", b"\n3\t", b"\n3\xff\t"), [], "dev.tsv, line .*'utf-8' codec can't"),
+    "label": (edit(TRAIN, b"\tentailment\n", b"\tEntailment\n"), [], "label is 'Entailment', not"),
+    "UTF-8": (edit("RTE/dev.tsv", b"\n3\t", b"\n3\xff\t"), [], "dev.tsv, line .*'utf-8' codec"),
     "carriage return": (edit(TRAIN, b"\n3\t", b"\n3 \r \t"), [], "train.tsv, line .*new-line"),
-    "no weights": (without_weights, [], "no file named .*pytorch_model.bin.* in directory .*deberta"),
+    "no weights": (without_weights, [], "no file named .*pytorch_model.bin.* in .*deberta"),
     "cut weights": (cut_weights, [], "--model: .*deberta cannot be loaded"),
     "cut tokenizer": (cut_tokenizer, [], "--model: .*deberta cannot be loaded"),
     "config": (edit("deberta/config.json", b'"', b""), [], "deberta/config.json.* valid JSON"),
     "no pad token": (without_pad_token, [], "--model: the tokenizer of .*deberta has no pad token"),
     "GPT-2": (unlike_bert, [], "--model: .*deberta is not built like DeBERTa, BERT or RoBERTa"),
-    "huge rank": (lambda f: None, ["--rank", "100000"], r"must be an integer in 1\.\.16, got 100000"),
+    "huge rank": (lambda f: None, ["--rank", "99999"], r"must be an integer in 1\.\.16, got 99999"),
     "phases": (few_rows, [], "total_steps must hold warm-up, .*total_steps=100, warmup_steps=300"),
 }  # fmt: skip
 
@@ -2102,7 +2102,6 @@ def test_the_trainer_of_the_readme_trains_like_algorithm_1_and_resumes(kind, tmp
         BertForSequenceClassification,
         LlamaConfig,
         LlamaForCausalLM,
-        Trainer,
         TrainingArguments,
     )
 
