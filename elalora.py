@@ -42,8 +42,8 @@ class SVDLinear(nn.Module):
 
     P and Q start orthonormal, Lambda at 0, all in float32; y has the dtype of the base's output.
     The base, of weight (d_out, d_in), is frozen and only called, so a quantized nn.Linear will do.
-    scaling, s, stays alpha / initial rank for life; dropout acts on x before Q. Raises ValueError
-    if base_layer is sharded or no nn.Linear, or the rank is not in 1..min(d_out, d_in).
+    scaling, s, is alpha / initial rank (inject: / mean rank) for life; dropout acts on x before Q.
+    Raises ValueError if base_layer is sharded or no nn.Linear, or rank not in 1..min(d_out, d_in).
     """
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0):
         super().__init__()
@@ -76,17 +76,16 @@ class SVDLinear(nn.Module):
 
     @torch.no_grad()
     def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
-        r = len(state.get(f"{prefix}Lambda", self.Lambda))
-        if r != self.rank:  # load_state_dict() restores any ranks
-            for w, dim in zip((self.P, self.Lambda, self.Q), RANK_DIM.values()):
+        for factor, dim in RANK_DIM.items():  # load_state_dict() restores any ranks
+            w, given = getattr(self, factor), state.get(f"{prefix}{factor}")
+            if given is not None and given.dim() == w.dim() and given.shape != w.shape:
                 w.grad = None
-                w.set_(w.new_empty(*w.shape[:dim], r, *w.shape[dim + 1 :]))
+                w.set_(w.new_empty(*w.shape[:dim], given.shape[dim], *w.shape[dim + 1 :]))
         super()._load_from_state_dict(state, prefix, *args)
 
 
 def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[str, int],
-           alpha: float = 16.0, dropout: float = 0.0,
-           modules_to_save: Sequence[str] = ()) -> nn.Module:
+           alpha: float = 16, dropout: float = 0, modules_to_save: Sequence[str] = ()) -> nn.Module:
     """Freezes a model and wraps its linear layers of the given names in SVDLinear; returns it.
 
     Names match by whole components from the right: "output.dense" matches "layer.0.output.dense",
@@ -134,7 +133,7 @@ def _matching(model: nn.Module, names: Sequence[str], argument: str) -> dict[str
     for wanted in names:
         if not (matches := {n for n in modules if n and f".{n}".endswith(f".{wanted}")}):
             linear = [name for name in modules if isinstance(modules[name], nn.Linear)]
-            raise ValueError(f"{argument}: {wanted!r} matches no module; linear: {linear[:8]}")
+            raise ValueError(f"{argument}: {wanted!r} matches no module; linear: {linear[-8:]}")
         found |= matches
     return {name: module for name, module in modules.items() if name in found}
 
@@ -153,10 +152,9 @@ def _adapted(model: nn.Module, ended: bool = False) -> dict[str, SVDLinear]:
 
 def orthogonality_penalty(model: nn.Module) -> Tensor:
     """Mean of R(P, Q) = |P'P - I|_F^2 + |QQ' - I|_F^2 over the adapted matrices (section 3.1)."""
-    layers = _adapted(model).values()
-    terms = [(rows @ rows.T - torch.eye(len(rows), device=rows.device)).square().sum()
-             for layer in layers for rows in (layer.P.T, layer.Q)]  # (r, d)
-    return torch.stack(terms).sum() / len(layers)
+    factors = [A for layer in _adapted(model).values() for A in (layer.P.T, layer.Q)]  # (r, d)
+    terms = [(A @ A.T - torch.eye(len(A), device=A.device)).square().sum() for A in factors]
+    return torch.stack(terms).sum() / (len(terms) / 2)
 
 
 # ---- Section 3.2: importance scores ----
@@ -164,14 +162,12 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
 def update_averages(parameters: Sequence[Tensor], averages: Mapping[Tensor, Mapping[str, Tensor]],
                     beta1: float, beta2: float) -> None:
     """Eq. 1 and 3: w (after the update) and w.grad move averages[w]["I_bar"] and ["U_bar"]."""
-    wg = torch._foreach_mul([w.float() for w in parameters], [w.grad.float() for w in parameters])
-    I = torch._foreach_abs(wg)  # eq. 1
-    if not torch.stack(torch._foreach_norm(I, ord=math.inf)).isfinite().all():
-        return  # a step that overflowed tells nothing
+    gradients = [w.grad.float() for w in parameters]
+    I = torch._foreach_abs(torch._foreach_mul([w.float() for w in parameters], gradients))  # eq. 1
     I_bar, U_bar = ([averages[w][key] for w in parameters] for key in ("I_bar", "U_bar"))
     torch._foreach_lerp_(I_bar, I, 1 - beta1)  # eq. 3: beta1 I_bar + (1 - beta1) I
     deviation = torch._foreach_abs(torch._foreach_sub(I, I_bar))
-    torch._foreach_lerp_(U_bar, deviation, 1 - beta2)  # beta2 U_bar + (1 - beta2) |I - I_bar|
+    torch._foreach_lerp_(U_bar, deviation, 1 - beta2)  # beta2 U_bar + (1 - beta2) |I - new I_bar|
 
 
 # ---- Section 3.3: dynamic rank learning ----
@@ -180,7 +176,7 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
     """Section 3.3: from scores S_i to the indices that each matrix loses, and the number it gains.
 
     As many come as go: the most, up to b, for which candidates suffice and every rank stays in
-    1..max_ranks. A matrix loses and gains at most k. Equal scores are sorted by matrix, then index.
+    1..max_ranks. A matrix loses at most k, gains at most k, or both. Ties: by matrix, then index.
     """
     candidates, prunable = [], []
     for order, (name, S) in enumerate(scores.items()):
@@ -254,7 +250,7 @@ class RankSchedule:
     """Section 3.3's phases and 3.4's b^(t), in optimizer steps; ValueError if inconsistent."""
     total_steps: int
     warmup_steps: int  # ranks stay as they are in these first ...
-    stabilize_steps: int  # ... and these last steps
+    stabilize_steps: int  # ... and in these last steps
     adjust_interval: int  # the first adjustment is at warmup_steps + adjust_interval
     b: int  # ranks that the first adjustments prune and add; 0 for none ever
     shape: str = "cubic"
@@ -306,26 +302,31 @@ class RankAllocator:
             raise ValueError(f"k must be an int >= 1, betas in (0, 1): {k!r}, {beta1!r}, {beta2!r}")
         self.layers, self.optimizer, self.schedule = _adapted(model), optimizer, schedule
         self.k, self.beta1, self.beta2 = k, beta1, beta2
-        held = {w for group in optimizer.param_groups for w in group["params"]}
+        self.held = {w for group in optimizer.param_groups for w in group["params"]}
+        self.factors = {f"{name}.{factor}": getattr(layer, factor)
+                        for name, layer in self.layers.items() for factor in RANK_DIM}
+        self.averages = {}  # parameter -> name -> tensor, like optimizer.state
+        for name, w in self.factors.items():
+            if w not in self.held:
+                raise ValueError(f"the optimizer does not hold {name!r}; make it after inject()")
+            zeros = torch.zeros_like(w, dtype=torch.float32)
+            self.averages[w] = {"I_bar": zeros, "U_bar": zeros.clone()}
         self.t, self.generator = 0, torch.Generator("cpu").manual_seed(seed)
         self.search = {"step": 0, "end": schedule.search_end if schedule.b else 0}
-        self.factors, self.averages = {}, {}  # averages: parameter -> name -> tensor
-        for name, layer in self.layers.items():
+        for layer in self.layers.values():
             layer.search = self.search  # so that merge() can tell of steps to come
-            self.factors |= {f"{name}.{factor}": getattr(layer, factor) for factor in RANK_DIM}
-        for name, w in self.factors.items():
-            if w not in held:
-                raise ValueError(f"the optimizer does not hold {name!r}; make it after inject()")
-            self.averages[w] = {key: torch.zeros_like(w, dtype=torch.float32)
-                                for key in ("I_bar", "U_bar")}
 
     def step(self) -> Adjustment | None:
         """A turn of Algorithm 1's loop, once per optimizer.step(), after it and before zero_grad().
-        Returns what it adjusted, None where b^(t) = 0. Raises ValueError without any gradient."""
+        Returns what it adjusted, None where b^(t) = 0. ValueError if it has nothing to score."""
         if self.t < self.schedule.search_end:
             if not (scored := [w for w in self.factors.values() if w.grad is not None]):
                 raise ValueError("no gradients: step() belongs between backward() and zero_grad()")
-            update_averages(scored, self.averages, self.beta1, self.beta2)
+            if any(self.averages[w]["I_bar"].shape != w.shape for w in scored):
+                raise ValueError("ranks were loaded, but not the allocator's own load_state_dict()")
+            norms = torch._foreach_norm([w.grad for w in self.held if w.grad is not None], math.inf)
+            if torch.stack(norms).isfinite().all():  # else GradScaler skipped the optimizer's step
+                update_averages(scored, self.averages, self.beta1, self.beta2)
         self.t = self.search["step"] = self.t + 1
         if (b := self.schedule.budget(self.t)) == 0:
             return None
@@ -360,7 +361,7 @@ class RankAllocator:
         given = {name: average["I_bar"].shape for name, average in state["averages"].items()}
         needed = {name: w.shape for name, w in self.factors.items()}
         if wrong := sorted(dict(given.items() ^ needed.items())):
-            raise ValueError(f"{wrong[0]!r} differs in shape; call load_adapter_state_dict() first")
+            raise ValueError(f"{wrong[0]!r} does not fit; call load_adapter_state_dict() first")
         for name, w in self.factors.items():
             saved = state["averages"][name]
             self.averages[w] = {key: saved[key].to(w.device, copy=True) for key in saved}
@@ -420,17 +421,16 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
 def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -> None:
     """Writes a LoRA adapter that peft.PeftModel.from_pretrained(base, directory) loads.
 
-    A is Q, B is P diag(Lambda), alpha is s r. What PEFT takes for saved modules, by the ends of
-    names, is written in whole. Raises ValueError for what it cannot adapt. Needs safetensors.
+    A is Q, B is P diag(Lambda), alpha is s r. What PEFT takes for saved modules, by any end of a
+    name, is written in whole. Raises ValueError for what it cannot name. Needs safetensors.
     """
     from safetensors.torch import save_file
     layers, modules = _adapted(model, ended=True), dict(model.named_modules(remove_duplicate=False))
     saved = [name for name, module in modules.items() if hasattr(module, "elalora_saved")]
     whole = [name for name in modules if name.endswith(tuple(saved))]
-    within = tuple(f"{name}." for name in whole)
-    lora = {n: layer for n, layer in layers.items() if not f"{n}.".startswith(within)}
+    lora = {n: m for n, m in layers.items() if not any(f"{n}.".startswith(f"{w}.") for w in whole)}
     if not lora or [n for n, m in modules.items() if n and isinstance(m, SVDLinear)] != [*layers]:
-        raise ValueError("PEFT cannot adapt a layer in two places, nor none; merge() the model")
+        raise ValueError("PEFT cannot name a layer: it stands twice, or ends like a saved module")
     source = model if lora == layers else merge(copy.deepcopy(model))
     tensors = {f"{name}.lora_A.weight": layer.Q for name, layer in lora.items()}
     tensors |= {f"{name}.lora_B.weight": layer.P * layer.Lambda for name, layer in lora.items()}

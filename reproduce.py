@@ -286,8 +286,8 @@ def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
     pad, (train, *devs) = load_examples(config.task, config.data_dir, config.model)
     model, targets, heads = load_model(config, len(task.labels) or 1)
     autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, config.dtype == "bfloat16")
-    size = recipe.batch_size // PROCESSES
-    loader = functools.partial(torch.utils.data.DataLoader, batch_size=size)
+    loader = functools.partial(torch.utils.data.DataLoader,
+                               batch_size=recipe.batch_size // PROCESSES)
 
     def by_length(rows: list) -> list:
         # On a CPU, four parts of like length need less padding, so less time, for the same loss.
@@ -365,8 +365,7 @@ def restore(path: Path, config: Namespace, model: nn.Module, parts: dict) -> dic
     """Loads a checkpoint, returns its log. ValueError if it is broken or not of this run."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["arguments"] != vars(config):
-            raise ValueError(f"its arguments are {saved['arguments']}")
+        check_arguments(saved["arguments"], config)
         elalora.load_adapter_state_dict(model, saved["adapter"])
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -474,8 +473,7 @@ def write_run(folder: Path, results: dict, scores: dict[int, list], model: nn.Mo
     """results.json comes last: it marks the run as finished, and its checkpoint as done with."""
     planted = {"planted": PLANTED} if results["task"] == "planted" else {}
     adapter = elalora.adapter_state_dict(model)
-    base = "planted" if planted else results["arguments"]["model"]
-    elalora.export_peft(model, folder / "peft", base)
+    elalora.export_peft(model, folder / "peft", results["arguments"]["model"] or "planted")
     for name, write in {
         "adapter.safetensors": lambda path: safetensors.torch.save_file(adapter, path),
         "ranks.png": lambda path: plot_ranks(planted | {"found": results["ranks"]}, path),
@@ -510,8 +508,9 @@ def plot_scores(scores: dict[int, list[float]], path: Path) -> None:
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
     logs = [[math.log10(score) for score in values if score > 0] for values in scores.values()]
-    axis.hist(logs, bins=40, histtype="stepfilled", alpha=0.6,
-              label=["after warm-up", "after the rank search"][: len(logs)])
+    labels = [f"{when} ({len(values) - len(log)} more are 0)" for when, values, log in
+              zip(("after warm-up", "after the rank search"), scores.values(), logs)]
+    axis.hist(logs, bins=40, histtype="stepfilled", alpha=0.6, label=labels)
     axis.set(xlabel="log10 of the importance score S", ylabel="ranks")
     axis.legend()
     figure.savefig(path, dpi=110)
@@ -530,7 +529,8 @@ def describe(results: dict) -> list[str]:
     for metric, value in results["metrics"].items():
         majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
         lines.append(f"  {metric:<15} {value:.4f}{majority}")
-    if paper and results["arguments"]["model"] == DEBERTA and results["rank"] in RANKS:
+    as_paper = RECIPES[results["task"]].epochs == results["recipe"]["epochs"]
+    if paper and as_paper and results["arguments"]["model"] == DEBERTA and results["rank"] in RANKS:
         lines.append(f"  Table 2 has     {paper[RANKS.index(results['rank'])] / 100:.4f}")
     for matrix, planted in MATRICES.items() if results["task"] == "planted" else ():
         found = statistics.fmean(ranks[f"deberta.encoder.layer.{i}.{matrix}"] for i in range(12))
@@ -545,6 +545,8 @@ def summarize(finished: list[dict]) -> list[str]:
         runs = [results["metrics"] for results in finished if results["rank"] == rank]
         for metric in runs[0] if len(runs) > 1 else ():
             values = [run[metric] for run in runs]
+            if len({*values}) == 1:  # a bound
+                continue
             mean, std = statistics.fmean(values), statistics.stdev(values)
             lines.append(f"rank {rank}, {metric}: {mean:.4f} +- {std:.4f} (std, {len(runs)} seeds)")
     return lines
@@ -557,11 +559,11 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--task", choices=RECIPES, default="planted", help="default: planted")
     add("--rank", type=int, nargs="+", default=[4], help="average rank(s); default: 4")
     add("--seeds", type=int, nargs="+", default=[0], help="one run for each; default: 0")
-    add("--model", default=DEBERTA, help=f"encoder: hub id or folder; default: {DEBERTA}")
+    add("--model", help=f"encoder: hub id or folder; default: {DEBERTA}")
     add("--data-dir", help=f"folder with MRPC/train.tsv and so on; default: {GLUE} on the hub")
-    add("--epochs", type=int, help="default: Table 7's; with another, phases keep their shares")
+    add("--epochs", type=int, help="default: Table 7's (planted: 10); phases keep their shares")
     add("--schedule", choices=elalora.SHAPES, default="cubic", help="b^(t); default: cubic (eq. 5)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    add("--dtype", choices=("float32", "bfloat16"), help="of autocast; default: float32")
     add("--output-dir", default="runs", help="default: runs")
     add("--resume", action="store_true", help="go on where unfinished runs had a checkpoint")
     args = parser.parse_args(argv)
@@ -570,18 +572,22 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         parser.error("--rank and --epochs take integers >= 1, --seeds integers >= 0")
     if len({*args.rank}) < len(args.rank) or len({*args.seeds}) < len(args.seeds):
         parser.error(f"--rank {args.rank} --seeds {args.seeds}: name each but once")
+    if args.task != "planted":
+        args.model, args.dtype = args.model or DEBERTA, args.dtype or "float32"
+    elif args.model or args.dtype or args.data_dir:
+        parser.error("--model, --data-dir and --dtype are for GLUE: name a --task as well")
     return args
 
 
-def check_files(args: Namespace) -> None:
+def check_files(args: Namespace, folders: list[Path]) -> None:
     """Names what is missing, or cannot be written, before anything is loaded."""
-    folder = Path(args.output_dir)
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"--output-dir: cannot write in {folder}: {error.strerror}") from None
+    for folder in folders:
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(f"--output-dir: cannot write in {folder}: {error.strerror}") from None
     if args.task == "planted":
         return
     task = TASKS[args.task]
@@ -593,37 +599,45 @@ def check_files(args: Namespace) -> None:
         raise ValueError(f"--model: {args.model} is no folder with a config.json")
 
 
+def check_arguments(had: dict, config: Namespace) -> None:
+    """ValueError unless a run that is there already was asked for in the same way."""
+    for name, wanted in vars(config).items():
+        if had.get(name) != wanted:
+            raise ValueError(f"it has {name} {had.get(name)}, not {wanted}")
+
+
 def earlier(config: Namespace, folder: Path, resume: bool) -> dict | None:
     """The results of the run, if it is finished; an error if the folder holds a different one."""
     if not (path := folder / "results.json").exists():
         if (folder / "checkpoint.pt").exists() and not resume:
             raise ValueError(f"{folder} has an unfinished run: --resume goes on with it")
         return None
-    results = json.loads(path.read_text())
-    for name, wanted in vars(config).items():
-        if (had := results["arguments"].get(name)) != wanted:
-            raise ValueError(f"{folder} has {name} {had}, not {wanted}: take another --output-dir")
+    try:
+        results = json.loads(path.read_text())
+        check_arguments(results["arguments"], config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}; delete it or take another --output-dir") from None
     return results
 
 
 def run_all(args: Namespace) -> None:
     """Every rank with every seed, but those that are finished."""
     recipe = scaled(RECIPES[args.task], args.epochs or RECIPES[args.task].epochs)
-    check_files(args)
-    if args.task != "planted":
-        for rank in set(args.rank) - set(RANKS):
-            print(f"Table 7 lacks rank {rank}: b and k are those of rank {nearest(rank)}")
     apart = ("rank", "seeds", "output_dir", "resume")
     shared = {k: v for k, v in vars(args).items() if k not in apart} | dict(processes=PROCESSES)
     runs = [Namespace(**shared, rank=rank, seed=seed) for rank in args.rank for seed in args.seeds]
     folders = [Path(args.output_dir, f"{args.task}-elalora-r{c.rank}-s{c.seed}") for c in runs]
+    check_files(args, folders)
+    for rank in set(args.rank) - set(RANKS) if args.task != "planted" else ():
+        print(f"Table 7 lacks rank {rank}: b and k are those of rank {nearest(rank)}")
     known = [earlier(config, folder, args.resume) for config, folder in zip(runs, folders)]
     finished = []
     for config, folder, results in zip(runs, folders, known):
         finished.append(results or run(config, recipe, folder))
         print(*describe(finished[-1]), sep="\n")
         print(f"  {'finished before: ' if results else 'written: '}{folder}", flush=True)
-    print(*summarize(finished), sep="\n", end="")
+    for line in summarize(finished):
+        print(line)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -639,7 +653,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run_all(args)
     except KeyboardInterrupt:
-        print("reproduce.py: interrupted; --resume goes on after the last whole epoch",
+        print("reproduce.py: interrupted; --resume goes on after the last whole epoch, if any",
               file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
