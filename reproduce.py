@@ -652,6 +652,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout = open(os.devnull, "w")
     try:
         run_all(args)
+        if PROCESSES > 1:
+            distributed.destroy_process_group()
     except KeyboardInterrupt:
         print("reproduce.py: interrupted; --resume goes on after the last whole epoch, if any",
               file=sys.stderr)
