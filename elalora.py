@@ -6,9 +6,8 @@ uncertainty of that. At scheduled steps the b least important ranks of all matri
 matrices whose weakest ranks still matter gain b: the sum of the ranks never changes. Needs torch
 alone, >= 2.11; its README has a training loop, and where the authors' released code does otherwise.
 
-Sections, equations and tables are those of ElaLoRA (Chang et al. 2025, arXiv:2504.00254). It has P
-Lambda Q, the regularizer and the scores from AdaLoRA (Zhang et al. 2023, arXiv:2303.10512), and
-sensitivity times uncertainty from PLATON (Zhang et al. 2022, arXiv:2206.12562).
+Sections, equations and tables are those of ElaLoRA (Chang et al. 2025, arXiv:2504.00254). P Lambda
+Q and its regularizer are AdaLoRA's (arXiv:2303.10512), the scores PLATON's (arXiv:2206.12562).
 
 Glossary         symbol   shape
     base_layer   W^(0)    (d1, d2)              frozen pre-trained nn.Linear; d1 = d_out, d2 = d_in
@@ -152,9 +151,14 @@ def _adapted(model: nn.Module, ended: bool = False) -> dict[str, SVDLinear]:
 
 def orthogonality_penalty(model: nn.Module) -> Tensor:
     """Mean of R(P, Q) = |P'P - I|_F^2 + |QQ' - I|_F^2 over the adapted matrices (section 3.1)."""
-    factors = [A for layer in _adapted(model).values() for A in (layer.P.T, layer.Q)]  # (r, d)
-    terms = [(A @ A.T - torch.eye(len(A), device=A.device)).square().sum() for A in factors]
-    return torch.stack(terms).sum() / (len(terms) / 2)
+    layers, by_width, R = _adapted(model).values(), {}, 0
+    for rows in [factor for layer in layers for factor in (layer.P.T, layer.Q)]:  # (r, d)
+        by_width.setdefault(rows.shape[1], []).append(rows)
+    for group in by_width.values():  # few large operations instead of many small ones
+        A = nn.utils.rnn.pad_sequence(group, batch_first=True)  # (n, highest r, d)
+        padding = len(group) * A.shape[1] - sum(map(len, group))  # rows of 0, each (0 - 1)^2 below
+        R += (A @ A.mT - torch.eye(A.shape[1], device=A.device)).square().sum() - padding
+    return R / len(layers)
 
 
 # ---- Section 3.2: importance scores ----
@@ -292,9 +296,8 @@ class Adjustment:
 class RankAllocator:
     """Algorithm 1: moves ranks between the matrices of an injected model while it trains.
 
-    The optimizer's state must have its parameters' shapes, as Adam's. For k see select(); beta1 and
-    beta2 are eq. 3's; seed is for new directions alone. Raises ValueError if a number is out of
-    range or the optimizer does not hold every adapter.
+    The optimizer's state must have its parameters' shapes, as Adam's. For k see select(), for beta1
+    and beta2 eq. 3; seed is for new directions. ValueError if a number or the optimizer is wrong.
     """
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
                  k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0):
@@ -399,10 +402,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Restores adapter_state_dict() into a model with the same modules injected, at any ranks.
-
-    Parameters stay the same objects; optimizer and allocator must load their own states next.
-    Raises ValueError, before any change, if a tensor is missing, unknown or misshapen.
-    """
+    Raises ValueError, before any change, if a tensor is missing, unknown or misshapen."""
     layers, present = _adapted(model), adapter_state_dict(model)
     if wrong := sorted(present.keys() ^ state.keys()):
         raise ValueError(f"missing in the state, or unknown to the model: {', '.join(wrong[:8])}")

@@ -156,17 +156,20 @@ def test_a_layer_starts_orthonormal_and_as_its_base(rank, seed):
 
 @given(st.lists(st.integers(1, 5), min_size=4, max_size=4), seeds)
 def test_the_penalty_is_the_mean_of_section_3_1(ranks, seed):
-    """|P'P - I|^2 + |QQ' - I|^2 in Frobenius norms, averaged over matrices of any ranks."""
+    """|P'P - I|^2 + |QQ' - I|^2 in Frobenius norms, averaged over any ranks; and its gradient."""
     model = adapted_net(dict(zip(ADAPTED, ranks)), seed)
-    expected = []
+    expected, gradients = [], []
     for name in ADAPTED:
         layer = randomize(model.get_submodule(name))
         P, Q = array(layer.P), array(layer.Q)
-        expected += [
-            np.linalg.norm(P.T @ P - np.eye(layer.rank)) ** 2
-            + np.linalg.norm(Q @ Q.T - np.eye(layer.rank)) ** 2
-        ]
-    np.testing.assert_allclose(orthogonality_penalty(model).item(), np.mean(expected), rtol=1e-5)
+        off_P, off_Q = P.T @ P - np.eye(layer.rank), Q @ Q.T - np.eye(layer.rank)
+        expected += [np.linalg.norm(off_P) ** 2 + np.linalg.norm(off_Q) ** 2]
+        gradients += [(layer.P, 4 * P @ off_P / 4), (layer.Q, 4 * off_Q @ Q / 4)]
+    penalty = orthogonality_penalty(model)
+    np.testing.assert_allclose(penalty.item(), np.mean(expected), rtol=1e-5)
+    penalty.backward()
+    for w, gradient in gradients:
+        np.testing.assert_allclose(array(w.grad), gradient, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
