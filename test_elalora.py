@@ -3,6 +3,7 @@
 Oracles are independent: NumPy in float64, brute force, exact fractions, an uninterrupted run.
 """
 
+import ast
 import copy
 import io
 import itertools
@@ -120,6 +121,24 @@ def randomize(layer, generator=None):
 
 def array(tensor):
     return tensor.detach().double().numpy()
+
+
+def test_elalora_needs_torch_alone():
+    """It imports the standard library and torch, and in export_peft alone safetensors."""
+    tree = ast.parse((HERE / "elalora.py").read_text())
+    found = {}
+    for owner in tree.body:
+        for node in ast.walk(owner):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = (
+                    [node.module]
+                    if isinstance(node, ast.ImportFrom)
+                    else [n.name for n in node.names]
+                )
+                for name in names:
+                    found.setdefault(name.split(".")[0], set()).add(getattr(owner, "name", "top"))
+    others = {name: where for name, where in found.items() if name not in sys.stdlib_module_names}
+    assert others == {"torch": {"top"}, "safetensors": {"export_peft"}}
 
 
 # ---- Section 3.1 ----
