@@ -507,9 +507,11 @@ def plot_scores(scores: dict[int, list[float]], path: Path) -> None:
     """How the importance scores of all ranks are distributed, as Figure 5."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
-    logs = [[math.log10(score) for score in values if score > 0] for values in scores.values()]
-    labels = [f"{when} ({len(values) - len(log)} more are 0)" for when, values, log in
-              zip(("after warm-up", "after the rank search"), scores.values(), logs)]
+    logs, labels = [], []
+    for when, values in zip(("after warm-up", "after the rank search"), scores.values()):
+        logs.append([math.log10(score) for score in values if score > 0])
+        zeros = len(values) - len(logs[-1])
+        labels.append(f"{when}, and {zeros} of 0" if zeros else when)
     axis.hist(logs, bins=40, histtype="stepfilled", alpha=0.6, label=labels)
     axis.set(xlabel="log10 of the importance score S", ylabel="ranks")
     axis.legend()
