@@ -77,7 +77,7 @@ class SVDLinear(nn.Module):
     def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
         for factor, dim in RANK_DIM.items():  # load_state_dict() restores any ranks
             w, given = getattr(self, factor), state.get(f"{prefix}{factor}")
-            if given is not None and given.dim() == w.dim() and given.shape != w.shape:
+            if given is not None and given.dim() == w.dim() and given.shape[dim] != w.shape[dim]:
                 w.grad = None
                 w.set_(w.new_empty(*w.shape[:dim], given.shape[dim], *w.shape[dim + 1 :]))
         super()._load_from_state_dict(state, prefix, *args)

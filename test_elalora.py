@@ -1175,7 +1175,7 @@ def test_low_precision_training_follows_float32(base, autocast):
     """With a bfloat16 base or autocast the loss falls alike, and adapters stay float32."""
 
     def losses(dtype, enabled):
-        model = inject(Net().to(dtype), ["query", "dense"], 2)
+        model = inject(Net().to(dtype), ["query", "dense"], 2, modules_to_save=["head"])
         optimizer, allocator = training(model, schedule=RankSchedule(20, 4, 6, 5, 2), lr=0.02)
         x, found = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), []
         for _ in range(20):
