@@ -281,8 +281,6 @@ def load_model(config: Namespace, num_labels: int) -> tuple[nn.Module, list[str]
 def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
     """A GLUE task for a pre-trained encoder."""
     task = TASKS[config.task]
-    if recipe.batch_size % PROCESSES:
-        raise ValueError(f"{PROCESSES} processes cannot share batches of {recipe.batch_size}")
     pad, (train, *devs) = load_examples(config.task, config.data_dir, config.model)
     model, targets, heads = load_model(config, len(task.labels) or 1)
     autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, config.dtype == "bfloat16")
@@ -625,6 +623,8 @@ def earlier(config: Namespace, folder: Path, resume: bool) -> dict | None:
 def run_all(args: Namespace) -> None:
     """Every rank with every seed, but those that are finished."""
     recipe = scaled(RECIPES[args.task], args.epochs or RECIPES[args.task].epochs)
+    if recipe.batch_size % PROCESSES:
+        raise ValueError(f"{PROCESSES} processes cannot share batches of {recipe.batch_size}")
     apart = ("rank", "seeds", "output_dir", "resume")
     shared = {k: v for k, v in vars(args).items() if k not in apart} | dict(processes=PROCESSES)
     runs = [Namespace(**shared, rank=rank, seed=seed) for rank in args.rank for seed in args.seeds]

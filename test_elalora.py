@@ -1797,9 +1797,11 @@ def without_weights(folder):
     (folder / "deberta/pytorch_model.bin").unlink()
 
 
-def cut_weights(folder):
-    path = folder / "deberta/pytorch_model.bin"
-    path.write_bytes(path.read_bytes()[:-500])
+def cut(name):
+    def change(folder):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-500])
+
+    return change
 
 
 def without_pad_token(folder, **tokens):
@@ -1820,11 +1822,6 @@ def unlike_bert(folder):
     without_pad_token(folder, pad_token="b")
 
 
-def cut_tokenizer(folder):
-    path = folder / "deberta/spm.model"
-    path.write_bytes(path.read_bytes()[:-500])
-
-
 def few_rows(folder):
     lines = (folder / TRAIN).read_text().splitlines()
     (folder / TRAIN).write_text("\n".join(lines[:101]))
@@ -1843,8 +1840,8 @@ HOSTILE = {  # what is done to a good folder, further arguments, the error
     "UTF-8": (edit("RTE/dev.tsv", b"\n3\t", b"\n3\xff\t"), [], "dev.tsv, line .*'utf-8' codec"),
     "carriage return": (edit(TRAIN, b"\n3\t", b"\n3 \r \t"), [], "train.tsv, line .*new-line"),
     "no weights": (without_weights, [], "no file named .*pytorch_model.bin.* in .*deberta"),
-    "cut weights": (cut_weights, [], "--model: .*deberta cannot be loaded"),
-    "cut tokenizer": (cut_tokenizer, [], "--model: .*deberta cannot be loaded"),
+    "cut weights": (cut("deberta/pytorch_model.bin"), [], "--model: .*deberta cannot be loaded"),
+    "cut tokenizer": (cut("deberta/spm.model"), [], "--model: .*deberta cannot be loaded"),
     "config": (edit("deberta/config.json", b'"', b""), [], "deberta/config.json.* valid JSON"),
     "no pad token": (without_pad_token, [], "--model: the tokenizer of .*deberta has no pad token"),
     "GPT-2": (unlike_bert, [], "--model: .*deberta is not built like DeBERTa, BERT or RoBERTa"),
@@ -1974,6 +1971,14 @@ def test_torchrun_shares_the_examples_and_writes_once(tiny, tmp_path):
     assert refused.returncode == 2 and "it has processes 2, not 1" in refused.stderr
 
 
+@pytest.mark.parametrize("task", ["planted", "mrpc"])
+def test_batches_that_processes_cannot_share_are_refused(task, monkeypatch):
+    """Shards of unlike size would weigh unlike: a ValueError before any work, for every task."""
+    monkeypatch.setattr(reproduce, "PROCESSES", 3)
+    with pytest.raises(ValueError, match="3 processes cannot share batches of"):
+        reproduce.run_all(reproduce.parse_arguments(["--task", task]))
+
+
 @pytest.mark.parametrize("size, processes", [(10, 1), (10, 2), (11, 2), (12, 3)])
 def test_the_shards_of_an_epoch_are_the_batches_of_one_process(size, processes, tiny, monkeypatch):
     """Batch by batch the shards of all processes join to what one process would take."""
@@ -2040,6 +2045,11 @@ def short_rte(tiny, tmp_path, monkeypatch):
     return start
 
 
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.01)
+
+
 def ended(pid):
     """A process's exit code; negative if a signal ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -2056,8 +2066,7 @@ def outcome(folder):
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(short_rte, tmp_path):
     """SIGKILL at random moments, then --resume: the same weights and metrics to the bit."""
     started, pid = time.time(), short_rte("--output-dir", "whole")
-    while not Path("whole/rte-elalora-r4-s0/checkpoint.pt").exists():
-        time.sleep(0.01)
+    wait_for(Path("whole/rte-elalora-r4-s0/checkpoint.pt"))
     startup = time.time() - started
     assert ended(pid) == 0, Path("stderr").read_text()
     random = np.random.default_rng()
@@ -2081,8 +2090,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(short_rte,
 def test_an_interrupted_run_says_so_in_one_line_and_goes_on(short_rte):
     """Ctrl-C exits with 130; the command alone is refused then, with --resume it goes on."""
     pid, folder = short_rte(), Path("runs/rte-elalora-r4-s0")
-    while not (folder / "checkpoint.pt").exists():
-        time.sleep(0.01)
+    wait_for(folder / "checkpoint.pt")
     os.kill(pid, signal.SIGINT)
     assert ended(pid) == 130
     last = Path("stderr").read_text().splitlines()[-1]
@@ -2099,8 +2107,7 @@ def test_an_interrupted_run_says_so_in_one_line_and_goes_on(short_rte):
 def test_a_checkpoint_that_is_not_this_runs_is_named_and_refused(short_rte):
     """Truncated, foreign or of other arguments: exit code 2, the file named, nothing changed."""
     pid, path = short_rte(), Path("runs/rte-elalora-r4-s0/checkpoint.pt")
-    while not path.exists():
-        time.sleep(0.01)
+    wait_for(path)
     os.kill(pid, signal.SIGKILL)
     ended(pid)
     whole, state = path.read_bytes(), torch.load(path)
