@@ -1206,10 +1206,10 @@ def deberta():
     return DebertaV2ForSequenceClassification(config)
 
 
-def bert():
+def bert(**changes):
     from transformers import BertConfig, BertForSequenceClassification
 
-    return BertForSequenceClassification(BertConfig(**TINY, intermediate_size=32))
+    return BertForSequenceClassification(BertConfig(**TINY, intermediate_size=32, **changes))
 
 
 def bart():
@@ -2168,38 +2168,25 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
 
 
-TINY_BERT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, vocab_size=40)
-
-
 @pytest.mark.parametrize("kind", ["classifier", "language model"])
 def test_the_trainer_of_the_readme_trains_like_algorithm_1_and_resumes(kind, tmp_path, monkeypatch):
     """With accumulation, clipping and a checkpoint it is the plain loop; resumed, it ends alike."""
-    from transformers import (
-        BertConfig,
-        BertForSequenceClassification,
-        LlamaConfig,
-        LlamaForCausalLM,
-        TrainingArguments,
-    )
+    from transformers import TrainingArguments
 
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 40, (48, 6), generator=generator)
     if kind == "classifier":
         targets, heads, labels = ["query", "output.dense"], ["pooler", "classifier"], ids[:, 0] % 2
-        sizes = dict(TINY_BERT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     else:  # whose loss the Trainer would divide by its number of tokens; rows of unlike length
         targets, heads, labels = ["q_proj", "down_proj"], [], ids.clone()
         labels[::3, 2:] = -100
-        sizes = dict(TINY_BERT, num_key_value_heads=1)
     rows = [dict(input_ids=x, labels=y) for x, y in zip(ids, labels)]
 
     def fresh():
         torch.manual_seed(0)
-        if kind == "classifier":
-            base = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2))
-        else:
-            base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        no_dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        base = bert(**no_dropout) if kind == "classifier" else llama()
         return inject(base, targets, 2, modules_to_save=heads)
 
     def train(model, **kwargs):
