@@ -3,8 +3,7 @@
 A frozen weight W0 is fine-tuned through W = W0 + s P diag(Lambda) Q. While it trains, every rank (a
 column of P, its singular value, its row of Q) is scored by its smoothed sensitivity times the
 uncertainty of that. At scheduled steps the b least important ranks of all matrices are pruned, and
-matrices whose weakest ranks still matter gain b: the sum of the ranks never changes. Needs torch
-alone, >= 2.11; its README has a training loop, and where the authors' released code does otherwise.
+matrices whose weakest ranks still matter gain b: the sum never changes. Needs torch >= 2.11 alone.
 
 Sections, equations and tables are those of ElaLoRA (Chang et al. 2025, arXiv:2504.00254). P Lambda
 Q and its regularizer are AdaLoRA's (arXiv:2303.10512), the scores PLATON's (arXiv:2206.12562).
@@ -67,7 +66,9 @@ class SVDLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., d_out)
         h = nn.functional.linear(self.dropout(x).to(self.Q.dtype), self.Q)  # (..., r)
-        return y + nn.functional.linear(h * (self.scaling * self.Lambda), self.P).to(y.dtype)
+        h = (h * (self.scaling * self.Lambda)).to(y.dtype).reshape(-1, self.rank)
+        P_T = self.P.T.contiguous().to(y.dtype)  # (r, d_out); CPUs are slow at P's own gradient
+        return torch.addmm(y.reshape(-1, len(self.P)), h, P_T).view_as(y)  # y + h P', in one pass
 
     def delta_weight(self) -> Tensor:
         """The update s P diag(Lambda) Q of the weight, (d_out, d_in)."""
@@ -151,13 +152,12 @@ def _adapted(model: nn.Module, ended: bool = False) -> dict[str, SVDLinear]:
 
 def orthogonality_penalty(model: nn.Module) -> Tensor:
     """Mean of R(P, Q) = |P'P - I|_F^2 + |QQ' - I|_F^2 over the adapted matrices (section 3.1)."""
-    layers, by_width, R = _adapted(model).values(), {}, 0
+    layers, by_shape, R = _adapted(model).values(), {}, 0
     for rows in [factor for layer in layers for factor in (layer.P.T, layer.Q)]:  # (r, d)
-        by_width.setdefault(rows.shape[1], []).append(rows)
-    for group in by_width.values():  # few large operations instead of many small ones
-        A = nn.utils.rnn.pad_sequence(group, batch_first=True)  # (n, highest r, d)
-        padding = len(group) * A.shape[1] - sum(map(len, group))  # rows of 0, each (0 - 1)^2 below
-        R += (A @ A.mT - torch.eye(A.shape[1], device=A.device)).square().sum() - padding
+        by_shape.setdefault(rows.shape, []).append(rows)
+    for (r, _), group in by_shape.items():  # few large operations instead of many small ones
+        A = torch.stack(group)  # (n, r, d)
+        R += (A @ A.mT - torch.eye(r, device=A.device)).square().sum()
     return R / len(layers)
 
 
@@ -312,8 +312,7 @@ class RankAllocator:
         for name, w in self.factors.items():
             if w not in self.held:
                 raise ValueError(f"the optimizer does not hold {name!r}; make it after inject()")
-            zeros = torch.zeros_like(w, dtype=torch.float32)
-            self.averages[w] = {"I_bar": zeros, "U_bar": zeros.clone()}
+            self.averages[w] = {key: torch.zeros_like(w).float() for key in ("I_bar", "U_bar")}
         self.t, self.generator = 0, torch.Generator("cpu").manual_seed(seed)
         self.search = {"step": 0, "end": schedule.search_end if schedule.b else 0}
         for layer in self.layers.values():
@@ -333,7 +332,8 @@ class RankAllocator:
         self.t = self.search["step"] = self.t + 1
         if (b := self.schedule.budget(self.t)) == 0:
             return None
-        scores = {name: S.tolist() for name, S in self.importance().items()}
+        S = torch.cat(list(self.importance().values())).cpu()  # one transfer
+        scores = dict(zip(self.layers, map(Tensor.tolist, S.split([*self.ranks().values()]))))
         max_ranks = {n: min(len(layer.P), layer.Q.shape[1]) for n, layer in self.layers.items()}
         pruned, expanded = select(scores, max_ranks, self.k, b)
         for name, layer in self.layers.items():

@@ -3,20 +3,23 @@
     python reproduce.py                        # planted ranks: no network, a minute on two cores
     python reproduce.py --task mrpc --rank 4   # DeBERTaV3-base on MRPC, on Table 7's schedule
     torchrun --nproc-per-node 2 reproduce.py --task mrpc   # the same batches, shared by two GPUs
+    python reproduce.py --benchmark            # the cost of a step, beside PEFT's LoRA and AdaLoRA
 
 A run writes OUTPUT_DIR/TASK-elalora-rRANK-sSEED/: results.json, ranks.png (as Figure 2),
-importance.png (as Figure 5), adapter.safetensors, peft/ (for PEFT); and while it trains,
-checkpoint.pt after every epoch, from which --resume goes on. Tables, figures, equations: Chang et
-al. 2025, arXiv:2504.00254. Where it is silent: the learning rate rises for 10% of the run and falls
-to 0, linearly; gradients are clipped to norm 1; no weight decay; texts are cut at 256 tokens;
-dropout is the model's own; the orthogonality penalty weighs 0.1.
+importance.png (as Figure 5), adapter.safetensors, peft/; and checkpoint.pt after every epoch, from
+which --resume goes on. Tables, figures, equations: Chang et al. 2025, arXiv:2504.00254. Where it is
+silent: the learning rate rises for 10% of the run and falls to 0, linearly; gradients clipped to
+norm 1; no weight decay; at most 256 tokens; the model's own dropout; penalty weight 0.1.
 """
 
 import csv
+import ctypes
 import functools
+import itertools
 import json
 import math
 import os
+import random
 import re
 import statistics
 import sys
@@ -25,11 +28,15 @@ import time
 from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from collections import namedtuple
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+import pandas
 import safetensors.torch
+import seaborn
 import torch
+import torch.utils.benchmark
 import tqdm
 import transformers
 from matplotlib.figure import Figure
@@ -38,7 +45,7 @@ from torch import Tensor, distributed, nn
 import elalora
 
 DEBERTA, GLUE = "microsoft/deberta-v3-base", "nyu-mll/glue"
-PENALTY_WEIGHT, MAX_TOKENS = 0.1, 256
+ALPHA, GAMMA, MAX_TOKENS = 16, 0.1, 256  # scaling is alpha / rank; the penalty weighs gamma
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROCESS, PROCESSES = 0, 1  # this one's number, and how many share every batch
 if distributed.is_torchelastic_launched():  # by torchrun
@@ -63,9 +70,9 @@ RECIPES = {
 
 def scaled(recipe: Recipe, epochs: int) -> Recipe:
     """Table 7's recipe with its phases as the same shares of another number of epochs."""
-    phases = ("warmup", "stabilize", "interval")
-    steps = {phase: max(1, getattr(recipe, phase) * epochs // recipe.epochs) for phase in phases}
-    return recipe._replace(epochs=epochs, **steps)
+    return recipe._replace(epochs=epochs, **{
+        phase: max(1, getattr(recipe, phase) * epochs // recipe.epochs)
+        for phase in ("warmup", "stabilize", "interval")})
 
 
 def nearest(rank: int) -> int:
@@ -81,15 +88,14 @@ def seed_of(config: Namespace, epoch: int) -> int:
 @dataclass
 class Problem:
     """What training needs to know of a task; a batch is what batches yields and loss takes."""
-
     model: nn.Module
     targets: list[str]  # modules to adapt
     heads: list[str]  # modules to train in full
     steps_per_epoch: int
     batches: Callable[[int], Iterable]  # of an epoch
-    loss: Callable[..., Tensor]
-    evaluate: Callable[[], dict[str, float]]
-    baseline: dict[str, float]  # the metrics of the majority class
+    loss: Callable[[nn.Module, object], Tensor] = lambda model, batch: model(**batch).loss
+    evaluate: Callable[[], dict[str, float]] = dict
+    baseline: dict[str, float] = field(default_factory=dict)  # the metrics of the majority class
 
 
 # ---- The planted problem ----
@@ -118,11 +124,9 @@ def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
     even, best = planted_bounds(config.rank)
     model, deltas = nn.Module(), []
     for name, r in PLANTED.items():
-        *path, last = name.split(".")
-        parent = model
+        (*path, last), parent = name.split("."), model
         for part in path:
-            parent.add_module(part, getattr(parent, part, nn.Module()))
-            parent = getattr(parent, part)
+            parent = parent._modules.setdefault(part, nn.Module())
         parent.add_module(last, nn.Linear(WIDTH, WIDTH, bias=False))
         U, V = (nn.init.orthogonal_(torch.empty(WIDTH, max(r, 1)))[:, :r] for _ in range(2))
         deltas.append(U * torch.linspace(1, 0.5, r) @ V.T)
@@ -136,7 +140,7 @@ def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
             x = torch.randn(recipe.batch_size, WIDTH, generator=generator)
             yield x[PROCESS::PROCESSES].to(DEVICE)
 
-    def loss(x: Tensor) -> Tensor:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
         outputs = torch.stack([model.get_submodule(name)(x) for name in PLANTED])
         return (outputs - x @ target.mT).square().sum(dim=-1).mean()
 
@@ -147,7 +151,7 @@ def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
         return dict(residual=residual, even_rank_bound=even, best_possible=best,
                     gap_closed=(even - residual) / (even - best))
 
-    return Problem(model, list(PLANTED), [], STEPS_PER_EPOCH, batches, loss, evaluate, {})
+    return Problem(model, list(PLANTED), [], STEPS_PER_EPOCH, batches, loss, evaluate)
 
 
 # ---- GLUE ----
@@ -174,14 +178,11 @@ TASKS = {
 
 
 def read_label(text: str, task: Task) -> float:
-    try:
-        value = task.labels.index(text) if task.labels else float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        expected = " or ".join(task.labels) or "a number"
-        raise ValueError(f"the label is {text!r}, not {expected}")
-    return value
+    if text in task.labels:
+        return task.labels.index(text)
+    if task.labels or not math.isfinite(float(text)):
+        raise ValueError(f"the label is {text!r}, not {' or '.join(task.labels) or 'a number'}")
+    return float(text)
 
 
 def read_tsv(path: Path, task: Task) -> tuple[list[list[str]], list[float]]:
@@ -237,8 +238,8 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
     else:
         import datasets  # here, like the metrics' packages, as planted runs need none of them
         hub = datasets.load_dataset(GLUE, name)
-        parts = [hub[split] for split, _ in task.splits]
-        splits = [([list(p[column]) for column in task.texts], list(p["label"])) for p in parts]
+        splits = [([list(hub[split][column]) for column in task.texts], list(hub[split]["label"]))
+                  for split, _ in task.splits]
     tokenizer, examples = pretrained(transformers.AutoTokenizer, model), []
     if tokenizer.pad_token is None:
         raise ValueError(f"--model: the tokenizer of {model} has no pad token, which batches need")
@@ -266,9 +267,15 @@ def compute_metrics(names: Iterable[str], predicted: list, labels: list) -> dict
 
 def load_model(config: Namespace, num_labels: int) -> tuple[nn.Module, list[str], list[str]]:
     """An encoder with a new head; the names of the matrices to adapt (Figure 2); the head's."""
-    model = pretrained(
-        transformers.AutoModelForSequenceClassification, config.model, num_labels=num_labels,
-        dtype=torch.float32)  # not the checkpoint's: DeBERTaV3's float16 is NaN after a step
+    if config.model:
+        model = pretrained(
+            transformers.AutoModelForSequenceClassification, config.model, num_labels=num_labels,
+            dtype=torch.float32)  # not the checkpoint's: DeBERTaV3's float16 is NaN after a step
+    else:  # DeBERTaV3-base with random weights, for the benchmark
+        model = transformers.DebertaV2ForSequenceClassification(transformers.DebertaV2Config(
+            hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+            relative_attention=True, position_buckets=256, pos_att_type=["p2c", "c2p"],
+            share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False))
     names = [f".{name}" for name, _ in model.named_modules()]
     heads = [h for h in ("pooler", "classifier") if any(name.endswith(f".{h}") for name in names)]
     for attention in (["query_proj", "key_proj", "value_proj"], ["query", "key", "value"]):
@@ -298,29 +305,29 @@ def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
             train, PROCESSES, PROCESS, seed=seed_of(config, epoch))  # one process has all of them
         return loader(train, sampler=shard, collate_fn=by_length)
 
-    def loss(parts: list) -> Tensor:
+    def loss(model: nn.Module, parts: list) -> Tensor:
         sizes = [len(part["labels"]) for part in parts]
         with autocast():
             losses = [model(**part.to(DEVICE)).loss * size for part, size in zip(parts, sizes)]
         return sum(losses) / sum(sizes)
 
     @torch.no_grad()
-    def predict(split: list) -> list[float]:
-        with autocast():
-            logits = [model(**batch.to(DEVICE)).logits for batch in loader(split, collate_fn=pad)]
-        logits = torch.cat(logits).float()
-        return (logits.argmax(dim=-1) if task.labels else logits.squeeze(-1)).tolist()
-
-    def score(predict: Callable[[list], list[float]]) -> dict[str, float]:
+    def evaluate(constant: float | None = None) -> dict[str, float]:
         scores = {}
         for split, suffix in zip(devs, ("", "_mm")):
-            got = compute_metrics(task.metrics, predict(split), [row["labels"] for row in split])
-            scores |= {f"{name}{suffix}": value for name, value in got.items()}
+            predicted, labels = [constant] * len(split), [row["labels"] for row in split]
+            if constant is None:
+                with autocast():
+                    logits = torch.cat([model(**batch.to(DEVICE)).logits.float()
+                                        for batch in loader(split, collate_fn=pad)])
+                predicted = (logits.argmax(dim=-1) if task.labels else logits.squeeze(-1)).tolist()
+            for name, value in compute_metrics(task.metrics, predicted, labels).items():
+                scores[f"{name}{suffix}"] = value
         return scores
 
-    majority = statistics.mode(row["labels"] for row in train)
-    return Problem(model, targets, heads, math.ceil(len(train) / recipe.batch_size), batches, loss,
-                   lambda: score(predict), score(lambda split: [majority] * len(split)))
+    majority = evaluate(statistics.mode(row["labels"] for row in train))
+    steps = math.ceil(len(train) / recipe.batch_size)
+    return Problem(model, targets, heads, steps, batches, loss, evaluate, majority)
 
 
 # ---- One run ----
@@ -373,17 +380,54 @@ def restore(path: Path, config: Namespace, model: nn.Module, parts: dict) -> dic
                          f"({type(error).__name__}: {error})") from None
 
 
+class Baseline:
+    """PEFT's LoRA, its AdaLoRA from 1.5 times the rank on, or a frozen model's passes alone."""
+    def __init__(self, method: str, problem: Problem, rank: int, schedule: elalora.RankSchedule):
+        import peft
+        self.model, self.schedule, self.t, self.tuner = problem.model, schedule, 0, None
+        names = dict(target_modules=problem.targets, modules_to_save=problem.heads)
+        if method == "frozen":  # the floor: from the embeddings to the loss, and back
+            for name, w in self.model.named_parameters():
+                w.requires_grad_(not {*name.split(".")}.isdisjoint(problem.heads))
+            self.model.get_input_embeddings().register_forward_hook(
+                lambda module, inputs, output: output.requires_grad_())
+            return
+        config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, **names)
+        if method == "adalora":  # PEFT divides alpha by init_r, and adds its penalty to the loss
+            config = peft.AdaLoraConfig(
+                init_r=rank * 3 // 2, target_r=rank, lora_alpha=ALPHA * (rank * 3 // 2) / rank,
+                orth_reg_weight=GAMMA, tinit=schedule.warmup_steps,
+                tfinal=schedule.stabilize_steps, deltaT=schedule.adjust_interval,
+                total_step=schedule.total_steps, **names)
+        self.model = peft.get_peft_model(self.model, config)
+        self.tuner = getattr(self.model.base_model, "rankallocator", None)
+
+    def step(self) -> None:
+        self.t += 1
+        if self.tuner:
+            self.model.base_model.update_and_allocate(self.t)
+
+    @property
+    def averages(self) -> dict[str, dict[str, Tensor]]:
+        names = ("ipt", "exp_avg_ipt", "exp_avg_unc") if self.tuner else ()
+        return {name: getattr(self.tuner, name) for name in names}
+
+
 def prepare(problem: Problem, config: Namespace, recipe: Recipe) -> dict:
     """Adapts the model; its optimizer, learning rate and allocator."""
     total = recipe.epochs * problem.steps_per_epoch
-    elalora.inject(problem.model, problem.targets, config.rank, modules_to_save=problem.heads)
+    b, k = (column[RANKS.index(nearest(config.rank))] for column in (recipe.b, recipe.k))
+    schedule = elalora.RankSchedule(
+        total, recipe.warmup, recipe.stabilize, recipe.interval, b, config.schedule)
+    if ours := config.method == "elalora":
+        elalora.inject(problem.model, problem.targets, config.rank, ALPHA, 0, problem.heads)
+    else:
+        allocator = Baseline(config.method, problem, config.rank, schedule)
     trainable = [p for p in problem.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, recipe.learning_rate, weight_decay=0.0, foreach=True)
     rate = transformers.get_linear_schedule_with_warmup(optimizer, total // 10, total)
-    b, k = (column[RANKS.index(nearest(config.rank))] for column in (recipe.b, recipe.k))
-    phases = (recipe.warmup, recipe.stabilize, recipe.interval)
-    schedule = elalora.RankSchedule(total, *phases, b, config.schedule)
-    allocator = elalora.RankAllocator(problem.model, optimizer, schedule, k, seed=config.seed)
+    if ours:
+        allocator = elalora.RankAllocator(problem.model, optimizer, schedule, k, seed=config.seed)
     return dict(optimizer=optimizer, rate=rate, allocator=allocator)
 
 
@@ -391,10 +435,10 @@ def train_epoch(problem: Problem, epoch: int, optimizer: torch.optim.Optimizer, 
                 allocator: elalora.RankAllocator, log: dict, bar: tqdm.tqdm) -> float:
     """A loop with Algorithm 1 in it; returns the mean loss."""
     model, losses, schedule = problem.model.train(), [], allocator.schedule
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = optimizer.param_groups[0]["params"]
     for batch in problem.batches(epoch):
-        loss = problem.loss(batch)
-        (loss + PENALTY_WEIGHT * elalora.orthogonality_penalty(model)).backward()
+        loss = problem.loss(model, batch)
+        (loss + GAMMA * elalora.orthogonality_penalty(model)).backward()
         average_gradients(trainable)
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
@@ -442,26 +486,25 @@ def train(problem: Problem, config: Namespace, recipe: Recipe, checkpoint: Path)
     return allocator, log
 
 
+def versions() -> dict[str, str]:
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu
+    return dict(torch=torch.__version__, transformers=transformers.__version__, hardware=hardware)
+
+
 def run(config: Namespace, recipe: Recipe, folder: Path) -> dict:
     """Trains once, writes the run's folder and returns what is in its results.json."""
     transformers.set_seed(config.seed)
     problem = (planted_problem if config.task == "planted" else glue_problem)(config, recipe)
     allocator, log = train(problem, config, recipe, folder / "checkpoint.pt")
-    history, metric = log["history"], next(iter(log["history"][-1]["metrics"]))
-    best = (min if metric == "residual" else max)(history, key=lambda h: h["metrics"][metric])
     results = dict(
-        task=config.task, method="elalora", rank=config.rank, seed=config.seed,
-        metrics=history[-1]["metrics"], best_metrics=best["metrics"], baseline=problem.baseline,
+        task=config.task, method=config.method, rank=config.rank, seed=config.seed,
+        metrics=log["history"][-1]["metrics"], baseline=problem.baseline,
         adapter_parameters=sum(w.numel() for w in allocator.factors.values()),
         trainable_parameters=sum(p.numel() for p in problem.model.parameters() if p.requires_grad),
         total_steps=allocator.t, seconds=round(log["seconds"], 1),
-        arguments=vars(config), recipe=recipe._asdict(),
-        versions=dict(
-            torch=torch.__version__, transformers=transformers.__version__,
-            hardware=torch.cuda.get_device_name() if DEVICE == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads"),
-        ranks=allocator.ranks(), history=history, adjustments=log["adjustments"],
-    )
+        arguments=vars(config), recipe=recipe._asdict(), versions=versions(),
+        ranks=allocator.ranks(), history=log["history"], adjustments=log["adjustments"])
     if PROCESS == 0:
         write_run(folder, results, log["scores"], problem.model)
     return results
@@ -489,37 +532,135 @@ def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
     highest = max(max(ranks.values()) for ranks in panels.values())
     for axis, (title, ranks) in zip(axes, panels.items()):
         cells = {re.search(r"\.(\d+)\.(.+)", name).groups(): rank for name, rank in ranks.items()}
-        layers, matrices = (list(dict.fromkeys(names)) for names in zip(*cells))
-        grid = [[cells[layer, matrix] for layer in layers] for matrix in matrices]
-        axis.imshow(grid, "Blues", vmin=0, vmax=highest, aspect="auto")
-        for (layer, matrix), rank in cells.items():
-            axis.text(layers.index(layer), matrices.index(matrix), rank, ha="center", va="center",
-                      color="white" if rank > highest / 2 else "black")
-        axis.set_xticks(range(len(layers)), layers)
-        axis.set_yticks(range(len(matrices)), matrices)
+        grid = pandas.Series(cells).unstack(0, sort=False)  # a matrix of every layer is a row
+        seaborn.heatmap(grid, annot=True, cmap="Blues", vmin=0, vmax=highest, cbar=False, ax=axis)
         axis.set(xlabel="layer", title=f"ranks {title}, total {sum(ranks.values())}")
     figure.savefig(path, dpi=110)
 
 
 def plot_scores(scores: dict[int, list[float]], path: Path) -> None:
-    """How the importance scores of all ranks are distributed, as Figure 5."""
+    """How the importance scores of all ranks are distributed, as Figure 5; 0 is drawn as 1e-20."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
-    logs, labels = [], []
-    for when, values in zip(("after warm-up", "after the rank search"), scores.values()):
-        logs.append([math.log10(score) for score in values if score > 0])
-        zeros = len(values) - len(logs[-1])
-        labels.append(f"{when}, and {zeros} of 0" if zeros else when)
-    axis.hist(logs, bins=40, histtype="stepfilled", alpha=0.6, label=labels)
+    axis.hist([np.log10(np.maximum(S, 1e-20)) for S in scores.values()], bins=40, alpha=0.6,
+              histtype="stepfilled", label=[f"after step {step}" for step in scores])
     axis.set(xlabel="log10 of the importance score S", ylabel="ranks")
     axis.legend()
     figure.savefig(path, dpi=110)
 
 
+# ---- The benchmark ----
+ROUNDS, INTERVAL, TEXTS, TOKENS = 60, 5, 8, 128
+TIMED = Recipe(TEXTS, 1e-4, 1, 0, 0, INTERVAL, (4, 4, 4), (1, 1, 1), None)
+
+
+def milliseconds(part: Callable[[], object]) -> float:
+    """What a call takes, on a GPU too."""
+    start = torch.utils.benchmark.timer()  # waits for the GPU
+    part()
+    return 1000 * (torch.utils.benchmark.timer() - start)
+
+
+def memory_rise(part: Callable[[], object]) -> float:
+    """By how many bytes a call raises what is allocated on the GPU, or resident (on Linux)."""
+    status = Path("/proc/self/status")
+    if DEVICE == "cuda":
+        peak, reset = torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats
+    elif status.exists():
+        peak = lambda: 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+        reset = lambda: status.with_name("clear_refs").write_text("5")
+        ctypes.CDLL(None).malloc_trim(0)  # so that freed memory is not resident any more
+    else:
+        return math.nan
+    reset()
+    before = peak()
+    part()
+    return peak() - before
+
+
+def random_tokens(config: Namespace, recipe: Recipe) -> Problem:
+    """Texts of one length for an encoder, of random weights if --model names none."""
+    model, targets, heads = load_model(config, 2)
+    ids = torch.randint(5, model.config.vocab_size, (ROUNDS, TEXTS, TOKENS)).to(DEVICE)
+    batches = [dict(input_ids=x, labels=x[:, 0] % 2) for x in ids]
+    return Problem(model, targets, heads, ROUNDS, lambda epoch: batches)
+
+
+def timed_step(problem: Problem, batch: object, optimizer: torch.optim.Optimizer, rate,
+               allocator: elalora.RankAllocator | Baseline) -> dict[str, float]:
+    """A step as in train_epoch: ms of its parts and in all; trained weights, bytes of state."""
+    trained, ours = optimizer.param_groups[0]["params"], hasattr(allocator, "factors")
+    model = problem.model if ours else allocator.model  # AdaLoRA's adds its own penalty
+    spent = {name: milliseconds(part) for name, part in {
+        "passes": lambda: problem.loss(model, batch).backward(),
+        "penalty": lambda: ours and (GAMMA * elalora.orthogonality_penalty(model)).backward(),
+        "optimizer": lambda: (nn.utils.clip_grad_norm_(trained, 1), optimizer.step(), rate.step()),
+        "allocator": allocator.step, "zero_grad": optimizer.zero_grad,
+    }.items()}
+    held = {f"{name}_bytes": sum(x.nbytes for s in states.values() for x in s.values() if x.ndim)
+            for name, states in (("optimizer", optimizer.state), ("allocator", allocator.averages))}
+    return spent | dict(total=sum(spent.values()), trained=sum(w.numel() for w in trained)) | held
+
+
+def measure(problems: dict[str, Problem], config: Namespace) -> tuple:
+    """Steps of all methods on the same batches, in random order: medians, ms of steps, parts."""
+    rows, parts = [], {}
+    for method, problem in problems.items():
+        problem.steps_per_epoch = ROUNDS
+        config = Namespace(**vars(config) | dict(method=method, schedule="constant"))
+        parts[method] = prepare(problem, config, TIMED)
+        problem.model.train()
+    for step, batch in zip(tqdm.trange(1, ROUNDS + 1), itertools.cycle(problem.batches(1))):
+        for method in random.sample([*problems], len(problems)):
+            row = dict(method=method, step=step, adjusts=step % INTERVAL == 0)
+            rows.append(row | timed_step(problems[method], batch, **parts[method]))
+    steps = pandas.DataFrame(rows[INTERVAL * len(problems) :])  # the first warm up
+    steps = steps.set_index(["adjusts", "method", "step"])
+    medians = steps.groupby(["adjusts", "method"]).median()
+    costs = medians.loc[False].assign(adjustment=medians.loc[True]["allocator"])
+    return costs, steps.loc[False]["total"].unstack("method"), parts
+
+
+def benchmark(args: Namespace) -> None:
+    """What training steps cost, beside PEFT's LoRA and AdaLoRA and the frozen model's passes."""
+    folder = Path(args.output_dir, f"benchmark-{Path(args.model or DEBERTA).name}-r{args.rank[0]}")
+    check_files(args, [folder])
+    config = Namespace(**vars(args) | dict(rank=args.rank[0], seed=args.seeds[0]))
+    make, problems = random_tokens if args.task == "planted" else glue_problem, {}
+    for method in ("elalora", "adalora", "lora", "frozen"):
+        transformers.set_seed(config.seed)
+        problems[method] = make(config, RECIPES[args.task])
+    costs, ms, parts = measure(problems, config)
+    ratios = {f"{a} / {b}": ms[a] / ms[b] for a, b in itertools.combinations(problems, 2)}
+    frozen, batch = problems["frozen"], next(iter(problems["frozen"].batches(1)))
+    rise = {m: memory_rise(lambda: timed_step(problems[m], batch, **parts[m])) for m in problems}
+    costs["memory_bytes"] = pandas.Series(rise)
+    base, merged = frozen.model, elalora.merge(problems["elalora"].model)
+    with torch.no_grad():
+        ms = pandas.DataFrame([milliseconds(lambda: frozen.loss(model.eval(), batch))
+                               for model in (base, merged, base)] for _ in range(ROUNDS))
+    ratios |= {"inference, merged / base": ms[1] / ms[0], "inference, base / base": ms[2] / ms[0]}
+    ratios = pandas.DataFrame(ratios).quantile([0.25, 0.5, 0.75]).T
+    growth, batches = [], [torch.ones(1, 256, device=DEVICE)]
+    for n, rank in itertools.product((12, 72, 448), (2, 16, 64)):
+        model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(n))).to(DEVICE)
+        squares = Problem(model, [str(i) for i in range(n)], [], ROUNDS, lambda epoch: batches,
+                          lambda model, x: model(x).square().sum())
+        found, _, _ = measure(dict(elalora=squares), Namespace(seed=0, rank=rank))
+        growth.append(found.assign(matrices=n, rank=rank))
+    growth = pandas.concat(growth)[["matrices", "rank", "penalty", "allocator", "adjustment"]]
+    text = "\n\n".join(table.to_markdown(floatfmt=".4g") for table in (costs.T, ratios, growth))
+    results = dict(costs=costs.to_dict("index"), ratios=ratios.to_dict("index"),
+                   growth=growth.to_dict("records"), arguments=vars(config), versions=versions())
+    replace(folder / "table.md", lambda path: path.write_text(f"{text}\n"))
+    replace(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+    print(f"{text}\n\nmedians of ms and of bytes, quartiles of ratios; written: {folder}")
+
+
 # ---- What the user sees ----
 def describe(results: dict) -> list[str]:
     """The lines printed of a run."""
-    ranks, baseline, paper = results["ranks"], results["baseline"], RECIPES[results["task"]].paper
+    ranks, baseline, table = results["ranks"], results["baseline"], RECIPES[results["task"]]
     sizes = sorted(ranks.values())
     lines = [
         "{task}, rank {rank}, seed {seed}: {total_steps} steps, {seconds:.0f} s\n"
@@ -529,27 +670,21 @@ def describe(results: dict) -> list[str]:
     for metric, value in results["metrics"].items():
         majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
         lines.append(f"  {metric:<15} {value:.4f}{majority}")
-    as_paper = RECIPES[results["task"]].epochs == results["recipe"]["epochs"]
-    if paper and as_paper and results["arguments"]["model"] == DEBERTA and results["rank"] in RANKS:
-        lines.append(f"  Table 2 has     {paper[RANKS.index(results['rank'])] / 100:.4f}")
+    asked = (results["arguments"]["model"], results["recipe"]["epochs"])
+    if asked == (DEBERTA, table.epochs) and (rank := results["rank"]) in RANKS:
+        lines.append(f"  Table 2 has     {table.paper[RANKS.index(rank)] / 100:.4f}")
     for matrix, planted in MATRICES.items() if results["task"] == "planted" else ():
         found = statistics.fmean(ranks[f"deberta.encoder.layer.{i}.{matrix}"] for i in range(12))
         lines.append(f"  {matrix:<25} planted {planted:>2}, found {found:>5.2f} (mean of layers)")
     return lines
 
 
-def summarize(finished: list[dict]) -> list[str]:
-    """Mean and standard deviation of the last epoch over the seeds of each rank."""
-    lines = []
-    for rank in dict.fromkeys(results["rank"] for results in finished):
-        runs = [results["metrics"] for results in finished if results["rank"] == rank]
-        for metric in runs[0] if len(runs) > 1 else ():
-            values = [run[metric] for run in runs]
-            if len({*values}) == 1:  # a bound
-                continue
-            mean, std = statistics.fmean(values), statistics.stdev(values)
-            lines.append(f"rank {rank}, {metric}: {mean:.4f} +- {std:.4f} (std, {len(runs)} seeds)")
-    return lines
+def summarize(finished: list[dict]) -> str:
+    """A Markdown table: mean ± standard deviation over the seeds, after the last epoch."""
+    rows = [dict(method=r["method"], rank=r["rank"]) | r["metrics"] for r in finished]
+    runs = pandas.DataFrame(rows).groupby(["method", "rank"])
+    cells = runs.mean().map("{:.4f} ± ".format) + runs.std().map("{:.4f}".format)
+    return cells.assign(seeds=runs.size()).reset_index().to_markdown(index=False)
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
@@ -565,6 +700,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--schedule", choices=elalora.SHAPES, default="cubic", help="b^(t); default: cubic (eq. 5)")
     add("--dtype", choices=("float32", "bfloat16"), help="of autocast; default: float32")
     add("--output-dir", default="runs", help="default: runs")
+    add("--benchmark", action="store_true", help="time steps, of random tokens or a GLUE --task")
     add("--resume", action="store_true", help="go on where unfinished runs had a checkpoint")
     args = parser.parse_args(argv)
     epochs = 1 if args.epochs is None else args.epochs
@@ -574,7 +710,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         parser.error(f"--rank {args.rank} --seeds {args.seeds}: name each but once")
     if args.task != "planted":
         args.model, args.dtype = args.model or DEBERTA, args.dtype or "float32"
-    elif args.model or args.dtype or args.data_dir:
+    elif (args.model or args.dtype or args.data_dir) and not args.benchmark:
         parser.error("--model, --data-dir and --dtype are for GLUE: name a --task as well")
     return args
 
@@ -588,13 +724,7 @@ def check_files(args: Namespace, folders: list[Path]) -> None:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise ValueError(f"--output-dir: cannot write in {folder}: {error.strerror}") from None
-    if args.task == "planted":
-        return
-    task = TASKS[args.task]
-    for _, stem in task.splits if args.data_dir else ():
-        if not (path := Path(args.data_dir, task.folder, f"{stem}.tsv")).is_file():
-            raise ValueError(f"--data-dir: {path} is missing")
-    local = args.model.startswith((".", "/", "~")) or Path(args.model).exists()
+    local = args.model and (args.model.startswith((".", "/", "~")) or Path(args.model).exists())
     if local and not Path(args.model, "config.json").is_file():
         raise ValueError(f"--model: {args.model} is no folder with a config.json")
 
@@ -625,8 +755,9 @@ def run_all(args: Namespace) -> None:
     recipe = scaled(RECIPES[args.task], args.epochs or RECIPES[args.task].epochs)
     if recipe.batch_size % PROCESSES:
         raise ValueError(f"{PROCESSES} processes cannot share batches of {recipe.batch_size}")
-    apart = ("rank", "seeds", "output_dir", "resume")
-    shared = {k: v for k, v in vars(args).items() if k not in apart} | dict(processes=PROCESSES)
+    apart = ("rank", "seeds", "output_dir", "resume", "benchmark")
+    shared = {k: v for k, v in vars(args).items() if k not in apart}
+    shared |= dict(processes=PROCESSES, method="elalora")
     runs = [Namespace(**shared, rank=rank, seed=seed) for rank in args.rank for seed in args.seeds]
     folders = [Path(args.output_dir, f"{args.task}-elalora-r{c.rank}-s{c.seed}") for c in runs]
     check_files(args, folders)
@@ -638,8 +769,8 @@ def run_all(args: Namespace) -> None:
         finished.append(results or run(config, recipe, folder))
         print(*describe(finished[-1]), sep="\n")
         print(f"  {'finished before: ' if results else 'written: '}{folder}", flush=True)
-    for line in summarize(finished):
-        print(line)
+    if len(finished) > 1:
+        print(summarize(finished))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -653,7 +784,7 @@ def main(argv: list[str] | None = None) -> None:
     if PROCESS > 0:
         sys.stdout = open(os.devnull, "w")
     try:
-        run_all(args)
+        (benchmark if args.benchmark else run_all)(args)
         if PROCESSES > 1:
             distributed.destroy_process_group()
     except KeyboardInterrupt:
