@@ -67,7 +67,7 @@ class SVDLinear(nn.Module):
         y = self.base_layer(x)  # (..., d_out)
         h = nn.functional.linear(self.dropout(x).to(self.Q.dtype), self.Q)  # (..., r)
         h = (h * (self.scaling * self.Lambda)).to(y.dtype).reshape(-1, self.rank)
-        P_T = self.P.T.contiguous().to(y.dtype)  # (r, d_out); CPUs are slow at P's own gradient
+        P_T = self.P.T.contiguous().to(y.dtype)  # (r, d_out); contiguous for a fast backward
         return torch.addmm(y.reshape(-1, len(self.P)), h, P_T).view_as(y)  # y + h P', in one pass
 
     def delta_weight(self) -> Tensor:

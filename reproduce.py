@@ -33,13 +33,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas
-import safetensors.torch
 import seaborn
 import torch
 import torch.utils.benchmark
 import tqdm
 import transformers
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
 import elalora
@@ -291,8 +291,7 @@ def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
     pad, (train, *devs) = load_examples(config.task, config.data_dir, config.model)
     model, targets, heads = load_model(config, len(task.labels) or 1)
     autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, config.dtype == "bfloat16")
-    loader = functools.partial(torch.utils.data.DataLoader,
-                               batch_size=recipe.batch_size // PROCESSES)
+    loader, batch_size = torch.utils.data.DataLoader, recipe.batch_size // PROCESSES
 
     def by_length(rows: list) -> list:
         # On a CPU, four parts of like length need less padding, so less time, for the same loss.
@@ -303,7 +302,7 @@ def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
     def batches(epoch: int) -> Iterable:
         shard = torch.utils.data.DistributedSampler(
             train, PROCESSES, PROCESS, seed=seed_of(config, epoch))  # one process has all of them
-        return loader(train, sampler=shard, collate_fn=by_length)
+        return loader(train, batch_size, sampler=shard, collate_fn=by_length)
 
     def loss(model: nn.Module, parts: list) -> Tensor:
         sizes = [len(part["labels"]) for part in parts]
@@ -319,7 +318,7 @@ def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
             if constant is None:
                 with autocast():
                     logits = torch.cat([model(**batch.to(DEVICE)).logits.float()
-                                        for batch in loader(split, collate_fn=pad)])
+                                        for batch in loader(split, batch_size, collate_fn=pad)])
                 predicted = (logits.argmax(dim=-1) if task.labels else logits.squeeze(-1)).tolist()
             for name, value in compute_metrics(task.metrics, predicted, labels).items():
                 scores[f"{name}{suffix}"] = value
@@ -487,9 +486,9 @@ def train(problem: Problem, config: Namespace, recipe: Recipe, checkpoint: Path)
 
 
 def versions() -> dict[str, str]:
-    cpu = f"CPU, {torch.get_num_threads()} threads"
-    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu
-    return dict(torch=torch.__version__, transformers=transformers.__version__, hardware=hardware)
+    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    return dict(torch=torch.__version__, transformers=transformers.__version__,
+                hardware=f"{hardware}, {torch.get_num_threads()} threads")
 
 
 def run(config: Namespace, recipe: Recipe, folder: Path) -> dict:
@@ -513,10 +512,9 @@ def run(config: Namespace, recipe: Recipe, folder: Path) -> dict:
 def write_run(folder: Path, results: dict, scores: dict[int, list], model: nn.Module) -> None:
     """results.json comes last: it marks the run as finished, and its checkpoint as done with."""
     planted = {"planted": PLANTED} if results["task"] == "planted" else {}
-    adapter = elalora.adapter_state_dict(model)
     elalora.export_peft(model, folder / "peft", results["arguments"]["model"] or "planted")
     for name, write in {
-        "adapter.safetensors": lambda path: safetensors.torch.save_file(adapter, path),
+        "adapter.safetensors": lambda path: save_file(elalora.adapter_state_dict(model), path),
         "ranks.png": lambda path: plot_ranks(planted | {"found": results["ranks"]}, path),
         "importance.png": lambda path: plot_scores(scores, path),
         "results.json": lambda path: path.write_text(json.dumps(results, indent=1)),
@@ -563,15 +561,13 @@ def milliseconds(part: Callable[[], object]) -> float:
 
 def memory_rise(part: Callable[[], object]) -> float:
     """By how many bytes a call raises what is allocated on the GPU, or resident (on Linux)."""
-    status = Path("/proc/self/status")
+    status, peak, reset = Path("/proc/self/status"), lambda: math.nan, lambda: None
     if DEVICE == "cuda":
         peak, reset = torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats
     elif status.exists():
         peak = lambda: 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
         reset = lambda: status.with_name("clear_refs").write_text("5")
         ctypes.CDLL(None).malloc_trim(0)  # so that freed memory is not resident any more
-    else:
-        return math.nan
     reset()
     before = peak()
     part()
@@ -710,8 +706,10 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         parser.error(f"--rank {args.rank} --seeds {args.seeds}: name each but once")
     if args.task != "planted":
         args.model, args.dtype = args.model or DEBERTA, args.dtype or "float32"
-    elif (args.model or args.dtype or args.data_dir) and not args.benchmark:
+    elif args.dtype or args.data_dir or args.model and not args.benchmark:
         parser.error("--model, --data-dir and --dtype are for GLUE: name a --task as well")
+    if args.benchmark and len(args.rank) * len(args.seeds) * PROCESSES > 1:
+        parser.error("--benchmark takes one rank, one seed and one process")
     return args
 
 
