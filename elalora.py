@@ -68,7 +68,8 @@ class SVDLinear(nn.Module):
         h = nn.functional.linear(self.dropout(x).to(self.Q.dtype), self.Q)  # (..., r)
         h = (h * (self.scaling * self.Lambda)).to(y.dtype).reshape(-1, self.rank)
         P_T = self.P.T.contiguous().to(y.dtype)  # (r, d_out); contiguous for a fast backward
-        return torch.addmm(y.reshape(-1, len(self.P)), h, P_T).view_as(y)  # y + h P', in one pass
+        with torch.autocast(y.device.type, enabled=False):  # all have y's dtype already
+            return torch.addmm(y.reshape(-1, len(self.P)), h, P_T).view_as(y)  # y + h P'
 
     def delta_weight(self) -> Tensor:
         """The update s P diag(Lambda) Q of the weight, (d_out, d_in)."""
@@ -155,9 +156,9 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     layers, by_shape, R = _adapted(model).values(), {}, 0
     for rows in [factor for layer in layers for factor in (layer.P.T, layer.Q)]:  # (r, d)
         by_shape.setdefault(rows.shape, []).append(rows)
-    for (r, _), group in by_shape.items():  # few large operations instead of many small ones
-        A = torch.stack(group)  # (n, r, d)
-        R += (A @ A.mT - torch.eye(r, device=A.device)).square().sum()
+    with torch.autocast(rows.device.type, enabled=False):  # bfloat16 would drown it
+        for A in map(torch.stack, by_shape.values()):  # (n, r, d), few large operations
+            R += (A @ A.mT - torch.eye(A.shape[1], device=A.device)).square().sum()
     return R / len(layers)
 
 
@@ -215,10 +216,9 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
            states: Sequence[Mapping[Tensor, dict]]) -> None:
     """Keeps the given ranks of a layer, in that order, and appends n_new of singular value 0.
 
-    Parameters stay the same objects. What states (optimizer.state and its like) hold for them moves
-    along to the bit, and is 0 for new ranks: at the old step count, Adam's first updates of them
-    are up to 6.6 times as long, so that they catch up. Raises ValueError, before any change, if a
-    state tensor is neither a scalar nor of its parameter's shape.
+    Parameters stay the same objects. What states (as optimizer.state) hold for them moves along to
+    the bit, 0 for new ranks: Adam's first updates of those are up to 6.6 times as long. Raises
+    ValueError, before any change, if a state is neither a scalar nor of its parameter's shape.
     """
     factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
     held = [(w, state[w], key) for w in factors for state in states

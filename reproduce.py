@@ -5,11 +5,10 @@
     torchrun --nproc-per-node 2 reproduce.py --task mrpc   # the same batches, shared by two GPUs
     python reproduce.py --benchmark            # the cost of a step, beside PEFT's LoRA and AdaLoRA
 
-A run writes OUTPUT_DIR/TASK-elalora-rRANK-sSEED/: results.json, ranks.png (as Figure 2),
-importance.png (as Figure 5), adapter.safetensors, peft/; and checkpoint.pt after every epoch, from
-which --resume goes on. Tables, figures, equations: Chang et al. 2025, arXiv:2504.00254. Where it is
-silent: the learning rate rises for 10% of the run and falls to 0, linearly; gradients clipped to
-norm 1; no weight decay; at most 256 tokens; the model's own dropout; penalty weight 0.1.
+A run writes OUTPUT_DIR/TASK-elalora-rRANK-sSEED/: results.json, ranks.png, importance.png, peft/,
+adapter.safetensors; and checkpoint.pt after every epoch, for --resume. Tables, figures, equations:
+arXiv:2504.00254. Where it is silent: the learning rate rises for 10% of the run and falls to 0,
+linearly; gradients clipped to norm 1; no weight decay; at most 256 tokens; the model's own dropout.
 """
 
 import csv
@@ -29,6 +28,7 @@ from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from collections import namedtuple
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -392,19 +392,19 @@ class Baseline:
                 lambda module, inputs, output: output.requires_grad_())
             return
         config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, **names)
-        if method == "adalora":  # PEFT divides alpha by init_r, and adds its penalty to the loss
+        if method == "adalora":  # PEFT divides alpha by init_r
             config = peft.AdaLoraConfig(
                 init_r=rank * 3 // 2, target_r=rank, lora_alpha=ALPHA * (rank * 3 // 2) / rank,
                 orth_reg_weight=GAMMA, tinit=schedule.warmup_steps,
                 tfinal=schedule.stabilize_steps, deltaT=schedule.adjust_interval,
                 total_step=schedule.total_steps, **names)
-        self.model = peft.get_peft_model(self.model, config)
-        self.tuner = getattr(self.model.base_model, "rankallocator", None)
+        self.model = peft.get_peft_model(self.model, config).base_model  # its loss has the penalty
+        self.tuner = getattr(self.model, "rankallocator", None)
 
     def step(self) -> None:
         self.t += 1
         if self.tuner:
-            self.model.base_model.update_and_allocate(self.t)
+            self.model.update_and_allocate(self.t)
 
     @property
     def averages(self) -> dict[str, dict[str, Tensor]]:
@@ -487,8 +487,8 @@ def train(problem: Problem, config: Namespace, recipe: Recipe, checkpoint: Path)
 
 def versions() -> dict[str, str]:
     hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    return dict(torch=torch.__version__, transformers=transformers.__version__,
-                hardware=f"{hardware}, {torch.get_num_threads()} threads")
+    return {package: version(package) for package in ("torch", "transformers", "peft")} | {
+        "hardware": f"{hardware}, {torch.get_num_threads()} threads"}
 
 
 def run(config: Namespace, recipe: Recipe, folder: Path) -> dict:
@@ -538,8 +538,7 @@ def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
 
 def plot_scores(scores: dict[int, list[float]], path: Path) -> None:
     """How the importance scores of all ranks are distributed, as Figure 5; 0 is drawn as 1e-20."""
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axis = figure.subplots()
+    axis = (figure := Figure(figsize=(6, 3.2), layout="constrained")).subplots()
     axis.hist([np.log10(np.maximum(S, 1e-20)) for S in scores.values()], bins=40, alpha=0.6,
               histtype="stepfilled", label=[f"after step {step}" for step in scores])
     axis.set(xlabel="log10 of the importance score S", ylabel="ranks")
@@ -548,7 +547,7 @@ def plot_scores(scores: dict[int, list[float]], path: Path) -> None:
 
 
 # ---- The benchmark ----
-ROUNDS, INTERVAL, TEXTS, TOKENS = 60, 5, 8, 128
+ROUNDS, INTERVAL, TEXTS, TOKENS = 40, 5, 8, 128
 TIMED = Recipe(TEXTS, 1e-4, 1, 0, 0, INTERVAL, (4, 4, 4), (1, 1, 1), None)
 
 
@@ -599,29 +598,28 @@ def timed_step(problem: Problem, batch: object, optimizer: torch.optim.Optimizer
 
 
 def measure(problems: dict[str, Problem], config: Namespace) -> tuple:
-    """Steps of all methods on the same batches, in random order: medians, ms of steps, parts."""
+    """Steps of all methods in random order; medians after INTERVAL rounds, ms of steps, parts."""
     rows, parts = [], {}
     for method, problem in problems.items():
         problem.steps_per_epoch = ROUNDS
-        config = Namespace(**vars(config) | dict(method=method, schedule="constant"))
-        parts[method] = prepare(problem, config, TIMED)
+        parts[method] = prepare(problem, Namespace(**vars(config) | dict(method=method)), TIMED)
         problem.model.train()
     for step, batch in zip(tqdm.trange(1, ROUNDS + 1), itertools.cycle(problem.batches(1))):
         for method in random.sample([*problems], len(problems)):
-            row = dict(method=method, step=step, adjusts=step % INTERVAL == 0)
+            row = dict(method=method, step=step, moves=step % INTERVAL == 0)
             rows.append(row | timed_step(problems[method], batch, **parts[method]))
-    steps = pandas.DataFrame(rows[INTERVAL * len(problems) :])  # the first warm up
-    steps = steps.set_index(["adjusts", "method", "step"])
-    medians = steps.groupby(["adjusts", "method"]).median()
+    steps = pandas.DataFrame(rows[INTERVAL * len(parts) :]).set_index(["moves", "method", "step"])
+    medians = steps.groupby(["moves", "method"]).median()
     costs = medians.loc[False].assign(adjustment=medians.loc[True]["allocator"])
     return costs, steps.loc[False]["total"].unstack("method"), parts
 
 
 def benchmark(args: Namespace) -> None:
     """What training steps cost, beside PEFT's LoRA and AdaLoRA and the frozen model's passes."""
-    folder = Path(args.output_dir, f"benchmark-{Path(args.model or DEBERTA).name}-r{args.rank[0]}")
-    check_files(args, [folder])
-    config = Namespace(**vars(args) | dict(rank=args.rank[0], seed=args.seeds[0]))
+    name = f"benchmark-{args.task}-{Path(args.model or DEBERTA).name}-r{args.rank[0]}"
+    check_files(args, [folder := Path(args.output_dir, name.replace("planted", "random"))])
+    settings = dict(rank=args.rank[0], seed=args.seeds[0], schedule="constant")
+    config = Namespace(**vars(args) | settings)
     make, problems = random_tokens if args.task == "planted" else glue_problem, {}
     for method in ("elalora", "adalora", "lora", "frozen"):
         transformers.set_seed(config.seed)
@@ -633,21 +631,23 @@ def benchmark(args: Namespace) -> None:
     costs["memory_bytes"] = pandas.Series(rise)
     base, merged = frozen.model, elalora.merge(problems["elalora"].model)
     with torch.no_grad():
-        ms = pandas.DataFrame([milliseconds(lambda: frozen.loss(model.eval(), batch))
-                               for model in (base, merged, base)] for _ in range(ROUNDS))
+        ms = pandas.DataFrame(
+            {i: milliseconds(lambda: frozen.loss((base, merged, base)[i].eval(), batch))
+             for i in random.sample(range(3), 3)} for _ in range(ROUNDS))
     ratios |= {"inference, merged / base": ms[1] / ms[0], "inference, base / base": ms[2] / ms[0]}
     ratios = pandas.DataFrame(ratios).quantile([0.25, 0.5, 0.75]).T
     growth, batches = [], [torch.ones(1, 256, device=DEVICE)]
     for n, rank in itertools.product((12, 72, 448), (2, 16, 64)):
         model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(n))).to(DEVICE)
         squares = Problem(model, [str(i) for i in range(n)], [], ROUNDS, lambda epoch: batches,
-                          lambda model, x: model(x).square().sum())
-        found, _, _ = measure(dict(elalora=squares), Namespace(seed=0, rank=rank))
+                          lambda model, x: sum(layer(x).square().sum() for layer in model))
+        found, _, _ = measure(dict(elalora=squares), Namespace(**settings | dict(rank=rank)))
         growth.append(found.assign(matrices=n, rank=rank))
     growth = pandas.concat(growth)[["matrices", "rank", "penalty", "allocator", "adjustment"]]
     text = "\n\n".join(table.to_markdown(floatfmt=".4g") for table in (costs.T, ratios, growth))
     results = dict(costs=costs.to_dict("index"), ratios=ratios.to_dict("index"),
-                   growth=growth.to_dict("records"), arguments=vars(config), versions=versions())
+                   growth=growth.to_dict("records"), arguments=vars(config), versions=versions(),
+                   rounds=ROUNDS, texts=TEXTS, tokens=TOKENS, recipe=TIMED._asdict())
     replace(folder / "table.md", lambda path: path.write_text(f"{text}\n"))
     replace(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     print(f"{text}\n\nmedians of ms and of bytes, quartiles of ratios; written: {folder}")
