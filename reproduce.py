@@ -20,6 +20,7 @@ import math
 import os
 import random
 import re
+import shlex
 import statistics
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
-import seaborn
+import scipy.stats
 import torch
 import torch.utils.benchmark
 import tqdm
@@ -45,7 +46,7 @@ from torch import Tensor, distributed, nn
 import elalora
 
 DEBERTA, GLUE = "microsoft/deberta-v3-base", "nyu-mll/glue"
-ALPHA, GAMMA, MAX_TOKENS = 16, 0.1, 256  # scaling is alpha / rank; the penalty weighs gamma
+MAX_TOKENS = 256
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROCESS, PROCESSES = 0, 1  # this one's number, and how many share every batch
 if distributed.is_torchelastic_launched():  # by torchrun
@@ -53,8 +54,11 @@ if distributed.is_torchelastic_launched():  # by torchrun
 
 
 # ---- Table 7, and ElaLoRA's row of Table 2 in percent ----
+METHODS = ("elalora", "svd", "final", "shuffled", "lora", "adalora")
 RANKS = (2, 4, 10)  # at which b, k and the paper's results are given
-Recipe = namedtuple("Recipe", "batch_size learning_rate epochs warmup stabilize interval b k paper")
+Recipe = namedtuple(
+    "Recipe", "batch_size learning_rate epochs warmup stabilize interval b k paper "
+    "alpha gamma beta1 beta2 lambda_rate shape", defaults=(16, 0.1, 0.85, 0.85, 1.0, "cubic"))
 RECIPES = {
     "mnli": Recipe(64, 5e-4, 5, 5000, 10000, 500, (1, 2, 4), (1, 1, 2), (89.32, 89.44, 89.51)),
     "sst2": Recipe(64, 8e-4, 20, 3000, 10000, 500, (1, 2, 4), (1, 1, 2), (95.53, 95.64, 95.87)),
@@ -68,16 +72,21 @@ RECIPES = {
 }
 
 
-def scaled(recipe: Recipe, epochs: int) -> Recipe:
-    """Table 7's recipe with its phases as the same shares of another number of epochs."""
-    return recipe._replace(epochs=epochs, **{
-        phase: max(1, getattr(recipe, phase) * epochs // recipe.epochs)
-        for phase in ("warmup", "stabilize", "interval")})
-
-
-def nearest(rank: int) -> int:
-    """The one of RANKS whose b and k a rank takes: the nearest, the smaller of two equally near."""
-    return min(RANKS, key=lambda known: (abs(known - rank), known))
+def recipe_of(config: Namespace) -> Recipe:
+    """Table 7's row, its phases as the same shares of other epochs, b and k of the nearest rank."""
+    table, epochs = RECIPES[config.task], config.epochs or RECIPES[config.task].epochs
+    column = min(range(3), key=lambda i: abs(RANKS[i] - config.rank))  # the first of two as near
+    phases = {name: max(1, getattr(table, name) * epochs // table.epochs)
+              for name in ("warmup", "stabilize", "interval")}
+    recipe = table._replace(epochs=epochs, b=table.b[column], k=table.k[column], **phases)
+    for setting in config.set:
+        name, _, value = setting.partition("=")
+        try:
+            kind = type(recipe._asdict()[name])
+            recipe = recipe._replace(**{name: {int: int, float: float, str: str}[kind](value)})
+        except (KeyError, ValueError):
+            raise ValueError(f"--set {setting}: takes NAME=VALUE, as of {recipe}") from None
+    return recipe
 
 
 def seed_of(config: Namespace, epoch: int) -> int:
@@ -96,6 +105,7 @@ class Problem:
     loss: Callable[[nn.Module, object], Tensor] = lambda model, batch: model(**batch).loss
     evaluate: Callable[[], dict[str, float]] = dict
     baseline: dict[str, float] = field(default_factory=dict)  # the metrics of the majority class
+    penalty: Callable[[], Tensor] | None = None  # ElaLoRA's; AdaLoRA's model adds its own
 
 
 # ---- The planted problem ----
@@ -107,21 +117,24 @@ MATRICES = {  # of a DeBERTa layer, and the rank planted in each
 PLANTED = {f"deberta.encoder.layer.{i}.{m}": r for i in range(12) for m, r in MATRICES.items()}
 
 
-def planted_bounds(rank: int) -> tuple[float, float]:
-    """Least residuals (Eckart-Young): of `rank` everywhere, of any ranks >= 1 of the same sum."""
-    squares = [torch.linspace(1, 0.5, r).square() for r in PLANTED.values()]
-    even = sum(s[rank:].sum() for s in squares)
-    beyond_first = torch.cat([s[1:] for s in squares]).sort(descending=True).values
-    best = beyond_first[(rank - 1) * len(PLANTED) :].sum()
-    total = sum(s.sum() for s in squares)
-    return float(even / total), float(best / total)
+def planted_bounds(rank: int, names: Iterable[str]) -> tuple[float, float]:
+    """Least residuals (Eckart-Young), where only matrices of these names are adapted: of `rank`
+    in each of them, and of any ranks >= 1 of the same sum."""
+    squares = {name: torch.linspace(1, 0.5, r).square() for name, r in PLANTED.items()}
+    total = sum(s.sum() for s in squares.values())
+    adapted = [squares.pop(name) for name in names]
+    beyond_first = torch.cat([s[1:] for s in adapted]).sort(descending=True).values
+    best = beyond_first[(rank - 1) * len(adapted) :].sum()
+    even, rest = sum(s[rank:].sum() for s in adapted), sum(s.sum() for s in squares.values())
+    return float((even + rest) / total), float((best + rest) / total)
 
 
 def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
     """72 frozen random W0, each to regress W0 + Delta*, of known rank, from Gaussian inputs."""
     if not 1 < config.rank < max(PLANTED.values()):
         raise ValueError(f"--rank {config.rank}: 2 to 11 leave a choice of where to put the ranks")
-    even, best = planted_bounds(config.rank)
+    targets = [name for name in PLANTED if name.endswith(tuple(config.targets))]
+    even, best = planted_bounds(config.rank, targets)
     model, deltas = nn.Module(), []
     for name, r in PLANTED.items():
         (*path, last), parent = name.split("."), model
@@ -134,24 +147,26 @@ def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
     delta = torch.stack(deltas).to(DEVICE)  # (72, 64, 64)
     target = delta + torch.stack([model.get_submodule(name).weight.data for name in PLANTED])
 
-    def batches(epoch: int) -> Iterable[Tensor]:
+    def batches(epoch: int) -> Iterable[dict]:
         generator = torch.Generator().manual_seed(seed_of(config, epoch))
         for _ in range(STEPS_PER_EPOCH):
             x = torch.randn(recipe.batch_size, WIDTH, generator=generator)
-            yield x[PROCESS::PROCESSES].to(DEVICE)
+            yield dict(x=x[PROCESS::PROCESSES].to(DEVICE))
 
-    def loss(model: nn.Module, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Namespace:
         outputs = torch.stack([model.get_submodule(name)(x) for name in PLANTED])
-        return (outputs - x @ target.mT).square().sum(dim=-1).mean()
+        return Namespace(loss=(outputs - x @ target.mT).square().sum(dim=-1).mean())
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        found = torch.stack([model.get_submodule(name).delta_weight() for name in PLANTED])
-        residual = float((found - delta).square().sum() / delta.square().sum())
+        identity = torch.eye(WIDTH, device=DEVICE)  # a layer's output is (W0 + its update)'
+        learned = torch.stack([model.get_submodule(name)(identity).T for name in PLANTED])
+        residual = float((learned - target).square().sum() / delta.square().sum())
         return dict(residual=residual, even_rank_bound=even, best_possible=best,
                     gap_closed=(even - residual) / (even - best))
 
-    return Problem(model, list(PLANTED), [], STEPS_PER_EPOCH, batches, loss, evaluate)
+    model.forward = forward
+    return Problem(model, targets, [], STEPS_PER_EPOCH, batches, evaluate=evaluate)
 
 
 # ---- GLUE ----
@@ -254,7 +269,7 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
 
 def compute_metrics(names: Iterable[str], predicted: list, labels: list) -> dict[str, float]:
     """GLUE's metrics; a correlation with a constant counts as 0."""
-    import scipy.stats, sklearn.metrics
+    import sklearn.metrics
     compute = {
         "accuracy": sklearn.metrics.accuracy_score,
         "f1": sklearn.metrics.f1_score,
@@ -266,7 +281,7 @@ def compute_metrics(names: Iterable[str], predicted: list, labels: list) -> dict
 
 
 def load_model(config: Namespace, num_labels: int) -> tuple[nn.Module, list[str], list[str]]:
-    """An encoder with a new head; the names of the matrices to adapt (Figure 2); the head's."""
+    """An encoder with a new head; the names of the matrices to adapt (Figure 2), of the head."""
     if config.model:
         model = pretrained(
             transformers.AutoModelForSequenceClassification, config.model, num_labels=num_labels,
@@ -276,11 +291,13 @@ def load_model(config: Namespace, num_labels: int) -> tuple[nn.Module, list[str]
             hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
             relative_attention=True, position_buckets=256, pos_att_type=["p2c", "c2p"],
             share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False))
-    names = [f".{name}" for name, _ in model.named_modules()]
-    heads = [h for h in ("pooler", "classifier") if any(name.endswith(f".{h}") for name in names)]
+    names = [name for name, _ in model.named_modules()]
+    heads = [h for h in ("pooler", "classifier") if any(f".{n}".endswith(f".{h}") for n in names)]
     for attention in (["query_proj", "key_proj", "value_proj"], ["query", "key", "value"]):
-        targets = [*attention, "intermediate.dense", "output.dense"]
-        if all(any(name.endswith(f".{target}") for name in names) for target in targets):
+        kinds = [f".{kind}" for kind in (*attention, "intermediate.dense", "output.dense")]
+        if all(any(name.endswith(kind) for name in names) for kind in kinds):
+            targets = [name for name in names if name.endswith(tuple(kinds))]
+            targets = [name for name in targets if name.endswith(tuple(config.targets))]
             return model.to(DEVICE), targets, heads
     raise ValueError(f"--model: {config.model} is not built like DeBERTa, BERT or RoBERTa")
 
@@ -289,6 +306,9 @@ def glue_problem(config: Namespace, recipe: Recipe) -> Problem:
     """A GLUE task for a pre-trained encoder."""
     task = TASKS[config.task]
     pad, (train, *devs) = load_examples(config.task, config.data_dir, config.model)
+    if config.holdout:  # for choosing settings, a tenth of the training split is the dev set
+        rows = random.Random(0).sample(train, len(train))
+        train, devs = rows[len(rows) // 10 :], [rows[: len(rows) // 10]]
     model, targets, heads = load_model(config, len(task.labels) or 1)
     autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, config.dtype == "bfloat16")
     loader, batch_size = torch.utils.data.DataLoader, recipe.batch_size // PROCESSES
@@ -337,18 +357,10 @@ def mean_of_processes(x: Tensor) -> Tensor:
     return x / PROCESSES
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """In one message. DistributedDataParallel would have to be made anew at each adjustment."""
+def check_alike(model: nn.Module) -> None:
+    """Compares the bits of every trained weight, summed up, between the processes."""
     if PROCESSES > 1:
-        gradients = [w.grad for w in parameters if w.grad is not None]
-        mean = mean_of_processes(nn.utils.parameters_to_vector(gradients))
-        nn.utils.vector_to_parameters(mean, gradients)
-
-
-def check_alike(parameters: list[nn.Parameter]) -> None:
-    """Compares the bits of every weight, summed up, between the processes."""
-    if PROCESSES > 1:
-        sums = [w.detach().view(torch.int32).sum() + w.numel() for w in parameters]
+        sums = [w.detach().view(torch.int32).sum() + w.numel() for w in trained(model).values()]
         own = torch.stack([*sums, *(-x for x in sums)])
         distributed.all_reduce(highest := own.clone(), distributed.ReduceOp.MAX)
         if not torch.equal(own, highest):  # equal, x is the highest, and -x, so x is the lowest too
@@ -365,12 +377,16 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(temporary, path)
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: w for name, w in model.named_parameters() if w.requires_grad}
+
+
 def restore(path: Path, config: Namespace, model: nn.Module, parts: dict) -> dict:
     """Loads a checkpoint, returns its log. ValueError if it is broken or not of this run."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         check_arguments(saved["arguments"], config)
-        elalora.load_adapter_state_dict(model, saved["adapter"])
+        model.load_state_dict(saved["trained"], strict=False)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         return saved["log"]
@@ -381,106 +397,158 @@ def restore(path: Path, config: Namespace, model: nn.Module, parts: dict) -> dic
 
 class Baseline:
     """PEFT's LoRA, its AdaLoRA from 1.5 times the rank on, or a frozen model's passes alone."""
-    def __init__(self, method: str, problem: Problem, rank: int, schedule: elalora.RankSchedule):
+    def __init__(self, config: Namespace, problem: Problem, recipe: Recipe,
+                 schedule: elalora.RankSchedule):
         import peft
-        self.model, self.schedule, self.t, self.tuner = problem.model, schedule, 0, None
+        self.schedule, self.t, self.tuner = schedule, 0, None
         names = dict(target_modules=problem.targets, modules_to_save=problem.heads)
-        if method == "frozen":  # the floor: from the embeddings to the loss, and back
-            for name, w in self.model.named_parameters():
+        if config.method == "frozen":  # the floor: from the embeddings to the loss, and back
+            for name, w in problem.model.named_parameters():
                 w.requires_grad_(not {*name.split(".")}.isdisjoint(problem.heads))
-            self.model.get_input_embeddings().register_forward_hook(
+            problem.model.get_input_embeddings().register_forward_hook(
                 lambda module, inputs, output: output.requires_grad_())
             return
-        config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, **names)
-        if method == "adalora":  # PEFT divides alpha by init_r
-            config = peft.AdaLoraConfig(
-                init_r=rank * 3 // 2, target_r=rank, lora_alpha=ALPHA * (rank * 3 // 2) / rank,
-                orth_reg_weight=GAMMA, tinit=schedule.warmup_steps,
-                tfinal=schedule.stabilize_steps, deltaT=schedule.adjust_interval,
-                total_step=schedule.total_steps, **names)
-        self.model = peft.get_peft_model(self.model, config).base_model  # its loss has the penalty
-        self.tuner = getattr(self.model, "rankallocator", None)
+        r, start = config.rank, config.rank * 3 // 2
+        settings = peft.LoraConfig(r=r, lora_alpha=recipe.alpha, **names)
+        if config.method == "adalora":  # PEFT divides alpha by init_r
+            settings = peft.AdaLoraConfig(
+                init_r=start, target_r=r, lora_alpha=recipe.alpha * start / r,
+                orth_reg_weight=recipe.gamma, beta1=recipe.beta1, beta2=recipe.beta2,
+                tinit=schedule.warmup_steps, tfinal=schedule.stabilize_steps,
+                deltaT=schedule.adjust_interval, total_step=schedule.total_steps, **names)
+        self.adapted = peft.get_peft_model(problem.model, settings)
+        self.layers = {n: m for n, m in problem.model.named_modules() if hasattr(m, "lora_A")}
+        problem.model = self.adapted.base_model  # its loss has AdaLoRA's penalty
+        self.tuner = getattr(problem.model, "rankallocator", None)
+        if self.tuner:
+            self.tuner.reset_ipt = lambda: None  # the last scores are kept, as ElaLoRA's are
 
     def step(self) -> None:
         self.t += 1
         if self.tuner:
-            self.model.update_and_allocate(self.t)
+            self.adapted.base_model.update_and_allocate(self.t)
 
     @property
     def averages(self) -> dict[str, dict[str, Tensor]]:
         names = ("ipt", "exp_avg_ipt", "exp_avg_unc") if self.tuner else ()
         return {name: getattr(self.tuner, name) for name in names}
 
+    @property
+    def kept(self) -> dict[str, list[bool]]:
+        """Which ranks AdaLoRA has not pruned so far; all of LoRA's."""
+        pattern = self.adapted.peft_config["default"].rank_pattern or {}
+        return {name: pattern.get(f"{name}.lora_E.default", [True] * layer.r["default"])
+                for name, layer in self.layers.items()}
 
-def prepare(problem: Problem, config: Namespace, recipe: Recipe) -> dict:
+    def ranks(self) -> dict[str, int]:
+        return {name: sum(kept) for name, kept in self.kept.items()}
+
+    def importance(self) -> dict[str, Tensor]:
+        """AdaLoRA's scores of the ranks that it kept, which are those of eq. 2 and 3."""
+        s = getattr(self.tuner, "_element_score", None)
+        return {n: (s(f"{n}.lora_E.default")[:, 0] + s(f"{n}.lora_A.default").mean(dim=1)
+                    + s(f"{n}.lora_B.default").mean(dim=0))[torch.tensor(kept, device=DEVICE)]
+                for n, kept in self.kept.items() if s}
+
+    def state_dict(self) -> dict:
+        pattern = self.adapted.peft_config["default"].rank_pattern
+        return dict(step=self.t, averages=self.averages, rank_pattern=pattern)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.t = state["step"]
+        self.adapted.peft_config["default"].rank_pattern = state["rank_pattern"]
+        for key, values in state["averages"].items():
+            setattr(self.tuner, key, {name: value.to(DEVICE) for name, value in values.items()})
+
+
+def prepare(problem: Problem, config: Namespace, recipe: Recipe, ranks: dict | None = None) -> dict:
     """Adapts the model; its optimizer, learning rate and allocator."""
     total = recipe.epochs * problem.steps_per_epoch
-    b, k = (column[RANKS.index(nearest(config.rank))] for column in (recipe.b, recipe.k))
+    b = recipe.b if config.method == "elalora" else 0
     schedule = elalora.RankSchedule(
-        total, recipe.warmup, recipe.stabilize, recipe.interval, b, config.schedule)
-    if ours := config.method == "elalora":
-        elalora.inject(problem.model, problem.targets, config.rank, ALPHA, 0, problem.heads)
+        total, recipe.warmup, recipe.stabilize, recipe.interval, b, recipe.shape)
+    if baseline := config.method in ("lora", "adalora", "frozen"):
+        allocator = Baseline(config, problem, recipe, schedule)
     else:
-        allocator = Baseline(config.method, problem, config.rank, schedule)
-    trainable = [p for p in problem.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, recipe.learning_rate, weight_decay=0.0, foreach=True)
+        elalora.inject(problem.model, problem.targets, ranks or config.rank, recipe.alpha, 0,
+                       problem.heads)
+        problem.penalty = lambda: recipe.gamma * elalora.orthogonality_penalty(problem.model)
+    groups = {1: [], recipe.lambda_rate: []}
+    for name, w in trained(problem.model).items():
+        groups[recipe.lambda_rate if name.endswith(".Lambda") else 1].append(w)
+    optimizer = torch.optim.AdamW(
+        [dict(params=group, lr=times * recipe.learning_rate) for times, group in groups.items()],
+        weight_decay=0.0, foreach=True)
     rate = transformers.get_linear_schedule_with_warmup(optimizer, total // 10, total)
-    if ours:
-        allocator = elalora.RankAllocator(problem.model, optimizer, schedule, k, seed=config.seed)
+    if not baseline:
+        allocator = elalora.RankAllocator(problem.model, optimizer, schedule, recipe.k,
+                                          recipe.beta1, recipe.beta2, config.seed)
     return dict(optimizer=optimizer, rate=rate, allocator=allocator)
 
 
-def train_epoch(problem: Problem, epoch: int, optimizer: torch.optim.Optimizer, rate,
-                allocator: elalora.RankAllocator, log: dict, bar: tqdm.tqdm) -> float:
-    """A loop with Algorithm 1 in it; returns the mean loss."""
-    model, losses, schedule = problem.model.train(), [], allocator.schedule
-    trainable = optimizer.param_groups[0]["params"]
-    for batch in problem.batches(epoch):
-        loss = problem.loss(model, batch)
-        (loss + GAMMA * elalora.orthogonality_penalty(model)).backward()
-        average_gradients(trainable)
-        nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        rate.step()
-        adjustment = allocator.step()  # Algorithm 1
-        optimizer.zero_grad()
-        losses.append(value := loss.item())
-        if not math.isfinite(value):
-            raise ValueError(f"loss {value} at step {allocator.t}: try float32 or another seed")
-        if adjustment:
-            check_alike(trainable)
-            log["adjustments"].append(asdict(adjustment))
-        if allocator.t in (schedule.warmup_steps, schedule.search_end):
-            S = allocator.importance().values()
-            log["scores"][allocator.t] = torch.cat(list(S)).tolist()
-        bar.set_postfix(loss=f"{value:.3f}", rank=sum(allocator.ranks().values()),
-                        adjusted=len(log["adjustments"]), refresh=False)
-        bar.update()
-    check_alike(trainable)
-    return float(mean_of_processes(torch.tensor(statistics.fmean(losses), device=DEVICE)))
+def train_step(problem: Problem, batch: object, optimizer: torch.optim.Optimizer, rate,
+               allocator: elalora.RankAllocator | Baseline,
+               lap: Callable[[str], object] = str) -> tuple[Tensor, elalora.Adjustment | None]:
+    """What Algorithm 1 repeats; lap is told of the end of each part."""
+    weights = [w for group in optimizer.param_groups for w in group["params"]]
+    loss = problem.loss(problem.model, batch)
+    loss.backward()
+    lap("passes")
+    if problem.penalty:
+        problem.penalty().backward()
+    lap("penalty")
+    if PROCESSES > 1:  # in one message; DistributedDataParallel cannot follow the adjustments
+        gradients = [w.grad for w in weights if w.grad is not None]
+        mean = mean_of_processes(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(mean, gradients)
+    nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    rate.step()
+    lap("optimizer")
+    adjustment = allocator.step()  # Algorithm 1
+    lap("allocator")
+    optimizer.zero_grad()
+    lap("zero_grad")
+    return loss.detach(), adjustment
 
 
-def train(problem: Problem, config: Namespace, recipe: Recipe, checkpoint: Path) -> tuple:
+def train(problem: Problem, config: Namespace, recipe: Recipe, ranks: dict | None,
+          checkpoint: Path) -> tuple:
     """All epochs, or those after the checkpoint; returns the allocator and the log."""
-    model, parts = problem.model, prepare(problem, config, recipe)
+    parts = prepare(problem, config, recipe, ranks)
     allocator, log = parts["allocator"], dict(seconds=0.0, history=[], adjustments=[], scores={})
     if checkpoint.exists():
-        log = restore(checkpoint, config, model, parts)
-    started, name = time.time() - log["seconds"], f"{config.task} seed {config.seed}"
-    with tqdm.tqdm(desc=name, total=allocator.schedule.total_steps, initial=allocator.t,
-                   mininterval=1, disable=PROCESS > 0) as bar:
+        log = restore(checkpoint, config, problem.model, parts)
+    started, schedule = time.time() - log["seconds"], allocator.schedule
+    with tqdm.tqdm(desc=f"{config.task} {config.method} {config.seed}", initial=allocator.t,
+                   total=schedule.total_steps, mininterval=1, disable=PROCESS > 0) as bar:
         for epoch in range(len(log["history"]) + 1, recipe.epochs + 1):
             torch.manual_seed(seed_of(config, epoch) * PROCESSES + PROCESS)  # for dropout
-            train_loss = train_epoch(problem, epoch, **parts, log=log, bar=bar)
-            model.eval()
-            metrics = problem.evaluate()
-            bar.set_description(f"{name}, dev {next(iter(metrics.values())):.4f}")
-            log["history"].append(dict(epoch=epoch, train_loss=train_loss, metrics=metrics))
+            problem.model.train()
+            losses = []
+            for batch in problem.batches(epoch):
+                loss, adjustment = train_step(problem, batch, **parts)
+                losses.append(value := loss.item())
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"loss {value} at step {allocator.t}: try float32 or another seed")
+                if adjustment:
+                    check_alike(problem.model)
+                    log["adjustments"].append(asdict(adjustment))
+                if allocator.t in (schedule.warmup_steps, schedule.search_end):
+                    scores = itertools.chain(*allocator.importance().values())
+                    log["scores"][allocator.t] = [float(f"{S:.3g}") for S in scores]
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+                bar.update()
+            check_alike(problem.model)
+            problem.model.eval()
+            train_loss = mean_of_processes(torch.tensor(statistics.fmean(losses), device=DEVICE))
+            log["history"].append(
+                dict(epoch=epoch, train_loss=float(train_loss), metrics=problem.evaluate()))
             log["seconds"] = time.time() - started
             if PROCESS == 0:
                 state = {name: part.state_dict() for name, part in parts.items()}
-                adapter = elalora.adapter_state_dict(model)
-                state |= dict(arguments=vars(config), adapter=adapter, log=log)
+                state |= dict(arguments=vars(config), trained=trained(problem.model), log=log)
                 replace(checkpoint, lambda path: torch.save(state, path))
     return allocator, log
 
@@ -491,30 +559,53 @@ def versions() -> dict[str, str]:
         "hardware": f"{hardware}, {torch.get_num_threads()} threads"}
 
 
-def run(config: Namespace, recipe: Recipe, folder: Path) -> dict:
+def rank_map(config: Namespace, folder: Path) -> dict[str, int] | None:
+    """The ranks with which the ElaLoRA run beside this one ended, or those shuffled."""
+    if config.method not in ("final", "shuffled"):
+        return None
+    path = folder.with_name(folder.name.replace(config.method, "elalora", 1)) / "results.json"
+    if not path.exists():
+        raise ValueError(f"--method {config.method} takes the ranks of {path}: run elalora first")
+    ranks = json.loads(path.read_text())["ranks"]
+    count = len(ranks) if config.method == "shuffled" else 0
+    return ranks | dict(zip(ranks, random.Random(config.seed).sample([*ranks.values()], count)))
+
+
+def run(config: Namespace, folder: Path) -> dict:
     """Trains once, writes the run's folder and returns what is in its results.json."""
+    recipe, ranks = recipe_of(config), rank_map(config, folder)
     transformers.set_seed(config.seed)
     problem = (planted_problem if config.task == "planted" else glue_problem)(config, recipe)
-    allocator, log = train(problem, config, recipe, folder / "checkpoint.pt")
+    allocator, log = train(problem, config, recipe, ranks, folder / "checkpoint.pt")
+    ranks, layers = allocator.ranks(), allocator.layers
+    weights = {name: sum(layer.base_layer.weight.shape) + (config.method != "lora")
+               for name, layer in layers.items()}  # of a rank: its vectors, its singular value
     results = dict(
         task=config.task, method=config.method, rank=config.rank, seed=config.seed,
         metrics=log["history"][-1]["metrics"], baseline=problem.baseline,
-        adapter_parameters=sum(w.numel() for w in allocator.factors.values()),
-        trainable_parameters=sum(p.numel() for p in problem.model.parameters() if p.requires_grad),
+        adapter_parameters=sum(r * weights[name] for name, r in ranks.items()),
+        trainable_parameters=sum(w.numel() for w in trained(problem.model).values()),
         total_steps=allocator.t, seconds=round(log["seconds"], 1),
+        command=shlex.join(["python", "reproduce.py", *sys.argv[1:]]),
         arguments=vars(config), recipe=recipe._asdict(), versions=versions(),
-        ranks=allocator.ranks(), history=log["history"], adjustments=log["adjustments"])
+        ranks=ranks, history=log["history"], adjustments=log["adjustments"], scores=log["scores"])
     if PROCESS == 0:
-        write_run(folder, results, log["scores"], problem.model)
+        write_run(folder, results, problem.model, allocator)
     return results
 
 
-def write_run(folder: Path, results: dict, scores: dict[int, list], model: nn.Module) -> None:
+def write_run(folder: Path, results: dict, model: nn.Module,
+              allocator: elalora.RankAllocator | Baseline) -> None:
     """results.json comes last: it marks the run as finished, and its checkpoint as done with."""
     planted = {"planted": PLANTED} if results["task"] == "planted" else {}
-    elalora.export_peft(model, folder / "peft", results["arguments"]["model"] or "planted")
+    if isinstance(allocator, Baseline):
+        allocator.adapted.save_pretrained(folder / "peft")
+    else:
+        elalora.export_peft(model, folder / "peft", results["arguments"]["model"] or "planted")
+        replace(folder / "adapter.safetensors",
+                lambda path: save_file(elalora.adapter_state_dict(model), path))
+    scores = {f"after step {step}": S for step, S in results["scores"].items()}
     for name, write in {
-        "adapter.safetensors": lambda path: save_file(elalora.adapter_state_dict(model), path),
         "ranks.png": lambda path: plot_ranks(planted | {"found": results["ranks"]}, path),
         "importance.png": lambda path: plot_scores(scores, path),
         "results.json": lambda path: path.write_text(json.dumps(results, indent=1)),
@@ -525,6 +616,7 @@ def write_run(folder: Path, results: dict, scores: dict[int, list], model: nn.Mo
 
 def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
     """Heatmaps of layers and matrices, as Figure 2."""
+    import seaborn
     figure = Figure(figsize=(7.5 * len(panels), 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     highest = max(max(ranks.values()) for ranks in panels.values())
@@ -536,11 +628,11 @@ def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_scores(scores: dict[int, list[float]], path: Path) -> None:
+def plot_scores(scores: dict[str, list[float]], path: Path) -> None:
     """How the importance scores of all ranks are distributed, as Figure 5; 0 is drawn as 1e-20."""
     axis = (figure := Figure(figsize=(6, 3.2), layout="constrained")).subplots()
-    axis.hist([np.log10(np.maximum(S, 1e-20)) for S in scores.values()], bins=40, alpha=0.6,
-              histtype="stepfilled", label=[f"after step {step}" for step in scores])
+    for label, S in scores.items():
+        axis.hist(np.log10(np.maximum(S, 1e-20)), bins=40, histtype="step", label=label)
     axis.set(xlabel="log10 of the importance score S", ylabel="ranks")
     axis.legend()
     figure.savefig(path, dpi=110)
@@ -548,7 +640,7 @@ def plot_scores(scores: dict[int, list[float]], path: Path) -> None:
 
 # ---- The benchmark ----
 ROUNDS, INTERVAL, TEXTS, TOKENS = 40, 5, 8, 128
-TIMED = Recipe(TEXTS, 1e-4, 1, 0, 0, INTERVAL, (4, 4, 4), (1, 1, 1), None)
+TIMED = Recipe(TEXTS, 1e-4, 1, 0, 0, INTERVAL, 4, 1, None, shape="constant")
 
 
 def milliseconds(part: Callable[[], object]) -> float:
@@ -581,20 +673,13 @@ def random_tokens(config: Namespace, recipe: Recipe) -> Problem:
     return Problem(model, targets, heads, ROUNDS, lambda epoch: batches)
 
 
-def timed_step(problem: Problem, batch: object, optimizer: torch.optim.Optimizer, rate,
-               allocator: elalora.RankAllocator | Baseline) -> dict[str, float]:
-    """A step as in train_epoch: ms of its parts and in all; trained weights, bytes of state."""
-    trained, ours = optimizer.param_groups[0]["params"], hasattr(allocator, "factors")
-    model = problem.model if ours else allocator.model  # AdaLoRA's adds its own penalty
-    spent = {name: milliseconds(part) for name, part in {
-        "passes": lambda: problem.loss(model, batch).backward(),
-        "penalty": lambda: ours and (GAMMA * elalora.orthogonality_penalty(model)).backward(),
-        "optimizer": lambda: (nn.utils.clip_grad_norm_(trained, 1), optimizer.step(), rate.step()),
-        "allocator": allocator.step, "zero_grad": optimizer.zero_grad,
-    }.items()}
-    held = {f"{name}_bytes": sum(x.nbytes for s in states.values() for x in s.values() if x.ndim)
-            for name, states in (("optimizer", optimizer.state), ("allocator", allocator.averages))}
-    return spent | dict(total=sum(spent.values()), trained=sum(w.numel() for w in trained)) | held
+def timed_step(problem: Problem, batch: object, **parts) -> dict[str, float]:
+    """train_step's parts in milliseconds, and their sum."""
+    times = [("", torch.utils.benchmark.timer())]  # which waits for the GPU
+    train_step(problem, batch, **parts,
+               lap=lambda part: times.append((part, torch.utils.benchmark.timer())))
+    spent = {part: 1000 * (end - start) for (_, start), (part, end) in itertools.pairwise(times)}
+    return spent | dict(total=sum(spent.values()))
 
 
 def measure(problems: dict[str, Problem], config: Namespace) -> tuple:
@@ -611,6 +696,12 @@ def measure(problems: dict[str, Problem], config: Namespace) -> tuple:
     steps = pandas.DataFrame(rows[INTERVAL * len(parts) :]).set_index(["moves", "method", "step"])
     medians = steps.groupby(["moves", "method"]).median()
     costs = medians.loc[False].assign(adjustment=medians.loc[True]["allocator"])
+    for method, problem in problems.items():
+        costs.loc[method, "trained"] = sum(w.numel() for w in trained(problem.model).values())
+        for name, kept in (("optimizer", parts[method]["optimizer"].state),
+                           ("allocator", parts[method]["allocator"].averages)):
+            costs.loc[method, f"{name}_bytes"] = sum(
+                x.nbytes for tensors in kept.values() for x in tensors.values() if x.ndim)
     return costs, steps.loc[False]["total"].unstack("method"), parts
 
 
@@ -618,8 +709,7 @@ def benchmark(args: Namespace) -> None:
     """What training steps cost, beside PEFT's LoRA and AdaLoRA and the frozen model's passes."""
     name = f"benchmark-{args.task}-{Path(args.model or DEBERTA).name}-r{args.rank[0]}"
     check_files(args, [folder := Path(args.output_dir, name.replace("planted", "random"))])
-    settings = dict(rank=args.rank[0], seed=args.seeds[0], schedule="constant")
-    config = Namespace(**vars(args) | settings)
+    config = Namespace(**vars(args) | dict(rank=args.rank[0], seed=args.seeds[0]))
     make, problems = random_tokens if args.task == "planted" else glue_problem, {}
     for method in ("elalora", "adalora", "lora", "frozen"):
         transformers.set_seed(config.seed)
@@ -641,7 +731,7 @@ def benchmark(args: Namespace) -> None:
         model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(n))).to(DEVICE)
         squares = Problem(model, [str(i) for i in range(n)], [], ROUNDS, lambda epoch: batches,
                           lambda model, x: sum(layer(x).square().sum() for layer in model))
-        found, _, _ = measure(dict(elalora=squares), Namespace(**settings | dict(rank=rank)))
+        found, _, _ = measure(dict(elalora=squares), Namespace(rank=rank, seed=config.seed))
         growth.append(found.assign(matrices=n, rank=rank))
     growth = pandas.concat(growth)[["matrices", "rank", "penalty", "allocator", "adjustment"]]
     text = "\n\n".join(table.to_markdown(floatfmt=".4g") for table in (costs.T, ratios, growth))
@@ -659,28 +749,58 @@ def describe(results: dict) -> list[str]:
     ranks, baseline, table = results["ranks"], results["baseline"], RECIPES[results["task"]]
     sizes = sorted(ranks.values())
     lines = [
-        "{task}, rank {rank}, seed {seed}: {total_steps} steps, {seconds:.0f} s\n"
+        "{task}, {method}, rank {rank}, seed {seed}: {total_steps} steps, {seconds:.0f} s\n"
         "  {adapter_parameters:,} adapter parameters, {trainable_parameters:,} in all trained"
         .format(**results), f"  {len(ranks)} matrices, total rank {sum(sizes)}, {sizes[0]} to "
         f"{sizes[-1]} each after {len(results['adjustments'])} adjustments"]
     for metric, value in results["metrics"].items():
         majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
         lines.append(f"  {metric:<15} {value:.4f}{majority}")
-    asked = (results["arguments"]["model"], results["recipe"]["epochs"])
-    if asked == (DEBERTA, table.epochs) and (rank := results["rank"]) in RANKS:
+    asked = (results["arguments"]["model"], results["recipe"]["epochs"], results["method"])
+    if asked == (DEBERTA, table.epochs, "elalora") and (rank := results["rank"]) in RANKS:
         lines.append(f"  Table 2 has     {table.paper[RANKS.index(rank)] / 100:.4f}")
     for matrix, planted in MATRICES.items() if results["task"] == "planted" else ():
-        found = statistics.fmean(ranks[f"deberta.encoder.layer.{i}.{matrix}"] for i in range(12))
-        lines.append(f"  {matrix:<25} planted {planted:>2}, found {found:>5.2f} (mean of layers)")
+        if found := [r for name, r in ranks.items() if re.search(rf"\.\d+\.{matrix}$", name)]:
+            mean = statistics.fmean(found)
+            lines.append(f"  {matrix:<25} planted {planted:>2}, found {mean:>5.2f} (mean)")
     return lines
 
 
-def summarize(finished: list[dict]) -> str:
-    """A Markdown table: mean ± standard deviation over the seeds, after the last epoch."""
-    rows = [dict(method=r["method"], rank=r["rank"]) | r["metrics"] for r in finished]
-    runs = pandas.DataFrame(rows).groupby(["method", "rank"])
-    cells = runs.mean().map("{:.4f} ± ".format) + runs.std().map("{:.4f}".format)
-    return cells.assign(seeds=runs.size()).reset_index().to_markdown(index=False)
+def compare(folder: Path, task: str) -> str:
+    """Writes table.md and scores.png (Figure 5) of all runs of a task: mean ± standard deviation
+    over the seeds after the last epoch, differences by seed, rank correlations of the ranks."""
+    runs = {path.parent.name[len(task) + 1 :]: json.loads(path.read_text())
+            for path in sorted(folder.glob(f"{task}-*/results.json"))}
+    rows = pandas.DataFrame(
+        dict(run=name[: name.rindex("-")], seed=r["seed"]) | r["metrics"] | dict(
+            train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
+            minutes=r["seconds"] / 60) for name, r in runs.items())
+    groups = rows.drop(columns="seed").groupby("run", sort=False)
+    table = groups.mean().map("{:.4f} ± ".format) + groups.std().map("{:.4f}".format)
+    for name, form in (("adapter_parameters", "{:,.0f}"), ("minutes", "{:.1f}")):
+        table[name] = groups[name].mean().map(form.format)
+    metric, pairs = rows.columns[2], {}
+    by_seed = rows.pivot(index="seed", columns="run", values=metric)
+    for a, b in itertools.combinations(table.index, 2):
+        both = by_seed[[a, b]].dropna()
+        difference, n, interval, verdict = both[a] - both[b], len(both), "", ""
+        if n >= 5:
+            low, high = scipy.stats.ttest_rel(both[a], both[b]).confidence_interval(0.95)
+            interval = f"{low:+.4f} to {high:+.4f}"
+            verdict = "higher" if low > 0 else "lower" if high < 0 else ""
+        pairs[f"{a} − {b}"] = {
+            metric: f"{difference.mean():+.4f} ± {difference.std():.4f}",
+            "95% interval": interval, "": verdict or f"undecided at {n} seeds"}
+    moving = {n: r["ranks"] for n, r in runs.items() if r["method"] in ("elalora", "adalora")}
+    tables = (table.assign(seeds=groups.size()), pandas.DataFrame(pairs).T,
+              pandas.DataFrame(moving).corr("spearman").map("{:.2f}".format))
+    text = "\n\n".join(table.to_markdown(disable_numparse=True) for table in tables)
+    commands = "\n".join(sorted({r["command"] for r in runs.values()}))
+    replace(folder / "table.md",
+            lambda path: path.write_text(f"```sh\n{commands}\n```\n\n{text}\n"))
+    ends = {n: [*r["scores"].values()][-1] for n, r in runs.items() if r["seed"] == rows.seed.min()}
+    replace(folder / "scores.png", lambda path: plot_scores(ends, path))
+    return text
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
@@ -688,12 +808,21 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     add = parser.add_argument
     add("--task", choices=RECIPES, default="planted", help="default: planted")
-    add("--rank", type=int, nargs="+", default=[4], help="average rank(s); default: 4")
+    add("--rank", type=int, nargs="+", default=[4],
+        help="average rank(s), with b and k as for 2, 4 or 10; default: 4")
     add("--seeds", type=int, nargs="+", default=[0], help="one run for each; default: 0")
     add("--model", help=f"encoder: hub id or folder; default: {DEBERTA}")
     add("--data-dir", help=f"folder with MRPC/train.tsv and so on; default: {GLUE} on the hub")
     add("--epochs", type=int, help="default: Table 7's (planted: 10); phases keep their shares")
-    add("--schedule", choices=elalora.SHAPES, default="cubic", help="b^(t); default: cubic (eq. 5)")
+    add("--method", choices=METHODS, nargs="+", default=["elalora"],
+        help="svd: ElaLoRA with b = 0; final: svd at the ranks with which the elalora run of the\n"
+        "same rank and seed ended; shuffled: at those, shuffled; lora, adalora: PEFT's")
+    add("--targets", nargs="+", default=[""], metavar="NAME",
+        help="adapt only matrices whose names end so; default: all of Figure 2")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE",
+        help=f"instead of the recipe's: {' '.join(Recipe._fields)}")
+    add("--holdout", action="store_true",
+        help="for choosing settings: a tenth of the training split as dev set")
     add("--dtype", choices=("float32", "bfloat16"), help="of autocast; default: float32")
     add("--output-dir", default="runs", help="default: runs")
     add("--benchmark", action="store_true", help="time steps, of random tokens or a GLUE --task")
@@ -702,12 +831,13 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     epochs = 1 if args.epochs is None else args.epochs
     if min(*args.rank, epochs, *(seed + 1 for seed in args.seeds)) < 1:
         parser.error("--rank and --epochs take integers >= 1, --seeds integers >= 0")
-    if len({*args.rank}) < len(args.rank) or len({*args.seeds}) < len(args.seeds):
-        parser.error(f"--rank {args.rank} --seeds {args.seeds}: name each but once")
+    for name in ("rank", "seeds", "method"):
+        if len({*(values := getattr(args, name))}) < len(values):
+            parser.error(f"--{name} {values}: name each but once")
     if args.task != "planted":
         args.model, args.dtype = args.model or DEBERTA, args.dtype or "float32"
-    elif args.dtype or args.data_dir or args.model and not args.benchmark:
-        parser.error("--model, --data-dir and --dtype are for GLUE: name a --task as well")
+    elif args.dtype or args.data_dir or args.holdout or args.model and not args.benchmark:
+        parser.error("--model, --data-dir, --dtype, --holdout are for GLUE: name a --task as well")
     if args.benchmark and len(args.rank) * len(args.seeds) * PROCESSES > 1:
         parser.error("--benchmark takes one rank, one seed and one process")
     return args
@@ -749,26 +879,25 @@ def earlier(config: Namespace, folder: Path, resume: bool) -> dict | None:
 
 
 def run_all(args: Namespace) -> None:
-    """Every rank with every seed, but those that are finished."""
-    recipe = scaled(RECIPES[args.task], args.epochs or RECIPES[args.task].epochs)
-    if recipe.batch_size % PROCESSES:
-        raise ValueError(f"{PROCESSES} processes cannot share batches of {recipe.batch_size}")
+    """Every method at every rank with every seed, but those that are finished."""
     apart = ("rank", "seeds", "output_dir", "resume", "benchmark")
-    shared = {k: v for k, v in vars(args).items() if k not in apart}
-    shared |= dict(processes=PROCESSES, method="elalora")
-    runs = [Namespace(**shared, rank=rank, seed=seed) for rank in args.rank for seed in args.seeds]
-    folders = [Path(args.output_dir, f"{args.task}-elalora-r{c.rank}-s{c.seed}") for c in runs]
-    check_files(args, folders)
-    for rank in set(args.rank) - set(RANKS) if args.task != "planted" else ():
-        print(f"Table 7 lacks rank {rank}: b and k are those of rank {nearest(rank)}")
-    known = [earlier(config, folder, args.resume) for config, folder in zip(runs, folders)]
-    finished = []
-    for config, folder, results in zip(runs, folders, known):
-        finished.append(results or run(config, recipe, folder))
-        print(*describe(finished[-1]), sep="\n")
+    shared = {k: v for k, v in vars(args).items() if k not in apart} | dict(processes=PROCESSES)
+    runs = {}
+    for method, rank, seed in itertools.product(METHODS, args.rank, args.seeds):
+        if method in args.method:
+            config = Namespace(**shared | dict(method=method, rank=rank, seed=seed))
+            parts = [args.task, method, f"r{rank}", "+".join(args.targets), *args.set, f"s{seed}"]
+            runs[Path(args.output_dir, "-".join(filter(None, parts)))] = config
+    check_files(args, [*runs])
+    for recipe in map(recipe_of, runs.values()):
+        if recipe.batch_size % PROCESSES:
+            raise ValueError(f"{PROCESSES} processes cannot share batches of {recipe.batch_size}")
+    known = [earlier(config, folder, args.resume) for folder, config in runs.items()]
+    for (folder, config), results in zip(runs.items(), known):
+        print(*describe(results or run(config, folder)), sep="\n")
         print(f"  {'finished before: ' if results else 'written: '}{folder}", flush=True)
-    if len(finished) > 1:
-        print(summarize(finished))
+    if len(runs) > 1 and PROCESS == 0:
+        print(compare(Path(args.output_dir), args.task))
 
 
 def main(argv: list[str] | None = None) -> None:
