@@ -1,14 +1,16 @@
-"""Runs ElaLoRA on a problem whose answer is known, or on GLUE with a pre-trained encoder.
+"""Runs ElaLoRA, or a method to compare it with, on a problem whose answer is known, or on GLUE.
 
     python reproduce.py                        # planted ranks: no network, a minute on two cores
     python reproduce.py --task mrpc --rank 4   # DeBERTaV3-base on MRPC, on Table 7's schedule
+    python reproduce.py --method elalora lora adalora --seeds 0 1 2 3 4   # ends in a table
     torchrun --nproc-per-node 2 reproduce.py --task mrpc   # the same batches, shared by two GPUs
     python reproduce.py --benchmark            # the cost of a step, beside PEFT's LoRA and AdaLoRA
 
-A run writes OUTPUT_DIR/TASK-elalora-rRANK-sSEED/: results.json, ranks.png, importance.png, peft/,
-adapter.safetensors; and checkpoint.pt after every epoch, for --resume. Tables, figures, equations:
-arXiv:2504.00254. Where it is silent: the learning rate rises for 10% of the run and falls to 0,
-linearly; gradients clipped to norm 1; no weight decay; at most 256 tokens; the model's own dropout.
+A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, ranks.png, importance.png, peft/,
+adapter.safetensors; and checkpoint.pt after every epoch, for --resume. All runs of a task in
+OUTPUT_DIR are compared in table.md and scores.png. Tables, figures, equations: arXiv:2504.00254.
+Where it is silent: the learning rate rises for 10% of the run and falls to 0, linearly; gradients
+clipped to norm 1; no weight decay; at most 256 tokens; the model's own dropout.
 """
 
 import csv
@@ -590,28 +592,20 @@ def run(config: Namespace, folder: Path) -> dict:
         arguments=vars(config), recipe=recipe._asdict(), versions=versions(),
         ranks=ranks, history=log["history"], adjustments=log["adjustments"], scores=log["scores"])
     if PROCESS == 0:
-        write_run(folder, results, problem.model, allocator)
+        if isinstance(allocator, Baseline):
+            allocator.adapted.save_pretrained(folder / "peft")
+        else:
+            elalora.export_peft(problem.model, folder / "peft", config.model or "planted")
+            adapter = elalora.adapter_state_dict(problem.model)
+            replace(folder / "adapter.safetensors", lambda path: save_file(adapter, path))
+        maps = {"planted": PLANTED} if config.task == "planted" else {}
+        scores = {f"after step {step}": S for step, S in log["scores"].items()}
+        replace(folder / "ranks.png", lambda path: plot_ranks(maps | {"found": ranks}, path))
+        replace(folder / "importance.png", lambda path: plot_scores(scores, path))
+        text = json.dumps(results, indent=1)  # comes last: it marks the run as finished
+        replace(folder / "results.json", lambda path: path.write_text(text))
+        (folder / "checkpoint.pt").unlink()
     return results
-
-
-def write_run(folder: Path, results: dict, model: nn.Module,
-              allocator: elalora.RankAllocator | Baseline) -> None:
-    """results.json comes last: it marks the run as finished, and its checkpoint as done with."""
-    planted = {"planted": PLANTED} if results["task"] == "planted" else {}
-    if isinstance(allocator, Baseline):
-        allocator.adapted.save_pretrained(folder / "peft")
-    else:
-        elalora.export_peft(model, folder / "peft", results["arguments"]["model"] or "planted")
-        replace(folder / "adapter.safetensors",
-                lambda path: save_file(elalora.adapter_state_dict(model), path))
-    scores = {f"after step {step}": S for step, S in results["scores"].items()}
-    for name, write in {
-        "ranks.png": lambda path: plot_ranks(planted | {"found": results["ranks"]}, path),
-        "importance.png": lambda path: plot_scores(scores, path),
-        "results.json": lambda path: path.write_text(json.dumps(results, indent=1)),
-    }.items():
-        replace(folder / name, write)
-    (folder / "checkpoint.pt").unlink()
 
 
 def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
@@ -641,13 +635,6 @@ def plot_scores(scores: dict[str, list[float]], path: Path) -> None:
 # ---- The benchmark ----
 ROUNDS, INTERVAL, TEXTS, TOKENS = 40, 5, 8, 128
 TIMED = Recipe(TEXTS, 1e-4, 1, 0, 0, INTERVAL, 4, 1, None, shape="constant")
-
-
-def milliseconds(part: Callable[[], object]) -> float:
-    """What a call takes, on a GPU too."""
-    start = torch.utils.benchmark.timer()  # waits for the GPU
-    part()
-    return 1000 * (torch.utils.benchmark.timer() - start)
 
 
 def memory_rise(part: Callable[[], object]) -> float:
@@ -720,10 +707,12 @@ def benchmark(args: Namespace) -> None:
     rise = {m: memory_rise(lambda: timed_step(problems[m], batch, **parts[m])) for m in problems}
     costs["memory_bytes"] = pandas.Series(rise)
     base, merged = frozen.model, elalora.merge(problems["elalora"].model)
-    with torch.no_grad():
-        ms = pandas.DataFrame(
-            {i: milliseconds(lambda: frozen.loss((base, merged, base)[i].eval(), batch))
-             for i in random.sample(range(3), 3)} for _ in range(ROUNDS))
+    ms = pandas.DataFrame(index=range(ROUNDS), columns=range(3), dtype=float)
+    for row, i in ((row, i) for row in ms.index for i in random.sample(range(3), 3)):
+        start, model = torch.utils.benchmark.timer(), (base, merged, base)[i].eval()
+        with torch.no_grad():
+            frozen.loss(model, batch)
+        ms.loc[row, i] = torch.utils.benchmark.timer() - start
     ratios |= {"inference, merged / base": ms[1] / ms[0], "inference, base / base": ms[2] / ms[0]}
     ratios = pandas.DataFrame(ratios).quantile([0.25, 0.5, 0.75]).T
     growth, batches = [], [torch.ones(1, 256, device=DEVICE)]
@@ -776,9 +765,7 @@ def compare(folder: Path, task: str) -> str:
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
             minutes=r["seconds"] / 60) for name, r in runs.items())
     groups = rows.drop(columns="seed").groupby("run", sort=False)
-    table = groups.mean().map("{:.4f} ± ".format) + groups.std().map("{:.4f}".format)
-    for name, form in (("adapter_parameters", "{:,.0f}"), ("minutes", "{:.1f}")):
-        table[name] = groups[name].mean().map(form.format)
+    table = groups.agg(lambda x: f"{x.mean():.5g} ± {x.std():.2g}").assign(seeds=groups.size())
     metric, pairs = rows.columns[2], {}
     by_seed = rows.pivot(index="seed", columns="run", values=metric)
     for a, b in itertools.combinations(table.index, 2):
@@ -792,8 +779,8 @@ def compare(folder: Path, task: str) -> str:
             metric: f"{difference.mean():+.4f} ± {difference.std():.4f}",
             "95% interval": interval, "": verdict or f"undecided at {n} seeds"}
     moving = {n: r["ranks"] for n, r in runs.items() if r["method"] in ("elalora", "adalora")}
-    tables = (table.assign(seeds=groups.size()), pandas.DataFrame(pairs).T,
-              pandas.DataFrame(moving).corr("spearman").map("{:.2f}".format))
+    alike = pandas.DataFrame(moving).corr("spearman").map("{:.2f}".format)
+    tables = (table, pandas.DataFrame(pairs).T, alike)
     text = "\n\n".join(table.to_markdown(disable_numparse=True) for table in tables)
     commands = "\n".join(sorted({r["command"] for r in runs.values()}))
     replace(folder / "table.md",
@@ -896,7 +883,7 @@ def run_all(args: Namespace) -> None:
     for (folder, config), results in zip(runs.items(), known):
         print(*describe(results or run(config, folder)), sep="\n")
         print(f"  {'finished before: ' if results else 'written: '}{folder}", flush=True)
-    if len(runs) > 1 and PROCESS == 0:
+    if PROCESS == 0 and len([*Path(args.output_dir).glob(f"{args.task}-*/results.json")]) > 1:
         print(compare(Path(args.output_dir), args.task))
 
 

@@ -1847,8 +1847,8 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
 
     losses = [runs["lora", i]["history"][-1]["train_loss"] for i in range(6)]
     for cell, values in zip(table["lora-r4"], (accuracy("lora"), losses)):
-        assert cell == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
-    assert table["lora-r4"][2:] == ["1,234", "1.5", "6"]
+        assert cell == f"{np.mean(values):.5g} ± {np.std(values, ddof=1):.2g}"
+    assert table["lora-r4"][2:] == ["1234 ± 0", "1.5 ± 0", "6"]
     difference = accuracy("elalora") - accuracy("lora")
     mean, std = difference.mean(), difference.std(ddof=1)
     half = 2.5705818366 * std / np.sqrt(6)  # Student's t, 5 degrees of freedom, 97.5%
@@ -2014,6 +2014,159 @@ def test_an_unreachable_hub_is_told_in_one_line(tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].endswith("--model FOLDER --data-dir FOLDER)")
     assert not list(tmp_path.iterdir())
+
+
+# ---- The other methods ----
+
+
+def small_planted(method, monkeypatch, targets=("",), **settings):
+    """Two of the planted problem's layers, for 4 epochs of 10 steps."""
+    full = {name: r for name, r in reproduce.PLANTED.items() if re.search(r"layer\.[01]\.", name)}
+    monkeypatch.setattr(reproduce, "PLANTED", full)
+    monkeypatch.setattr(reproduce, "STEPS_PER_EPOCH", 10)
+    recipe = reproduce.Recipe(32, 2e-2, 4, 6, 12, 2, 3, 1, None, **settings)
+    config = Namespace(task="planted", method=method, rank=4, seed=0, targets=targets)
+    torch.manual_seed(0)
+    return reproduce.planted_problem(config, recipe), config, recipe
+
+
+@pytest.mark.parametrize("method", ["svd", "lora", "adalora"])
+def test_every_method_resumes_to_the_bit(method, monkeypatch, tmp_path):
+    """A run that was interrupted in its third epoch ends as one that was not."""
+    ends = []
+    for interrupted in (False, True):
+        path = tmp_path / f"{interrupted}.pt"
+        if interrupted:
+            problem, *rest = small_planted(method, monkeypatch)
+            whole = problem.batches
+
+            def cut(epoch):
+                for i, batch in enumerate(whole(epoch)):
+                    if (epoch, i) == (3, 5):
+                        raise KeyboardInterrupt
+                    yield batch
+
+            problem.batches = cut
+            with pytest.raises(KeyboardInterrupt):
+                reproduce.train(problem, *rest, None, path)
+            assert len(torch.load(path)["log"]["history"]) == 2
+        problem, *rest = small_planted(method, monkeypatch)
+        allocator, log = reproduce.train(problem, *rest, None, path)
+        del log["seconds"]
+        weights = {name: w.tolist() for name, w in reproduce.trained(problem.model).items()}
+        ends.append((weights, allocator.ranks(), log))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("names, count", [(("intermediate.dense",), 2), (("key_proj", "dense"), 8)])
+@pytest.mark.parametrize("method", ["elalora", "lora"])
+def test_targets_alone_are_adapted(method, names, count, monkeypatch):
+    """What is not named keeps its weights; the bounds are those of what is."""
+    problem, config, recipe = small_planted(method, monkeypatch, targets=names)
+    allocator = reproduce.prepare(problem, config, recipe)["allocator"]
+    assert len(allocator.ranks()) == count
+    assert all(name.endswith(names) for name in allocator.ranks())
+    residuals = problem.evaluate()
+    assert residuals["residual"] == pytest.approx(1) and residuals["best_possible"] < 1
+    expected = reproduce.planted_bounds(4, [n for n in reproduce.PLANTED if n.endswith(names)])
+    assert (residuals["even_rank_bound"], residuals["best_possible"]) == expected
+
+
+def test_lambda_rate_multiplies_the_rate_of_lambda_alone(monkeypatch):
+    """Adam's first step is one learning rate long: lambda_rate of them for singular values."""
+    problem, config, recipe = small_planted("elalora", monkeypatch, lambda_rate=7.0)
+    parts = reproduce.prepare(problem, config, recipe)
+    for layer in parts["allocator"].layers.values():
+        nn.init.ones_(layer.Lambda)
+    before = {name: w.detach().clone() for name, w in reproduce.trained(problem.model).items()}
+    for group in parts["optimizer"].param_groups:
+        group["lr"] = group["initial_lr"]  # else 0 at the start of the warm-up
+    reproduce.train_step(problem, next(iter(problem.batches(1))), **parts)
+    for name, w in reproduce.trained(problem.model).items():
+        times = 7 if name.endswith("Lambda") else 1
+        assert (w - before[name]).abs().max().item() == pytest.approx(times * 2e-2, rel=1e-3)
+
+
+def test_adaloras_scores_are_equation_2s_of_the_ranks_it_kept(monkeypatch, tmp_path):
+    """Averages times uncertainties, summed over a rank's weights as in eq. 2; 4 ranks per matrix
+    are left at the end of the search, of 6."""
+    problem, config, recipe = small_planted("adalora", monkeypatch)
+    allocator, log = reproduce.train(problem, config, recipe, None, tmp_path / "checkpoint.pt")
+    begin, end = log["scores"].values()
+    assert (len(begin), len(end)) == (12 * 6, 12 * 4) and sum(allocator.ranks().values()) == 12 * 4
+    expected = []
+    for name, kept in allocator.kept.items():
+        s = {
+            factor: array(average[f"{name}.lora_{factor}.default"])
+            * array(allocator.tuner.exp_avg_unc[f"{name}.lora_{factor}.default"])
+            for average in [allocator.tuner.exp_avg_ipt]
+            for factor in "AEB"
+        }
+        S = s["A"].mean(axis=1) + s["E"][:, 0] + s["B"].mean(axis=0)
+        expected += [score for score, keep in zip(S, kept) if keep]
+    np.testing.assert_allclose(end, expected, rtol=6e-3)
+
+
+def test_final_and_shuffled_train_at_the_ranks_that_elalora_found(monkeypatch, tmp_path, capsys):
+    """From the start and to the end, at the same scaling; without ElaLoRA's run that is told."""
+    _, _, recipe = small_planted("elalora", monkeypatch)
+    recipe = recipe._replace(b=(3, 3, 3), k=(1, 1, 1))
+    monkeypatch.setitem(reproduce.RECIPES, "planted", recipe)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        reproduce.main(["--method", "final"])
+    message = "takes the ranks of runs/planted-elalora-r4-s0/results.json: run elalora first"
+    assert message in capsys.readouterr().err
+    reproduce.main(["--method", "shuffled", "final", "elalora"])
+    ranks, scalings = {}, set()
+    for method in ("elalora", "final", "shuffled"):
+        folder = Path(f"runs/planted-{method}-r4-s0")
+        results = json.loads((folder / "results.json").read_text())
+        assert bool(results["adjustments"]) == (method == "elalora")
+        ranks[method] = results["ranks"]
+        from safetensors.torch import load_file
+
+        state = load_file(folder / "adapter.safetensors")
+        scalings |= {value.item() for key, value in state.items() if key.endswith("scaling")}
+    assert ranks["final"] == ranks["elalora"] != ranks["shuffled"]
+    assert sorted(ranks["final"].values()) == sorted(ranks["shuffled"].values()) != [4] * 12
+    assert scalings == {4.0}
+
+
+def test_the_held_out_tenth_is_of_the_training_split_and_not_trained_on(tiny, monkeypatch):
+    """Nine tenths are trained on, the rest is evaluated, whatever the seed; the dev split rests."""
+    pad, (train, dev) = reproduce.load_examples("rte", str(tiny), str(tiny / "deberta"))
+    rows = [dict(row, labels=i) for i, row in enumerate(train)]
+    monkeypatch.setattr(reproduce, "load_examples", lambda *_: (pad, [rows, dev]))
+    seen = []
+    monkeypatch.setattr(reproduce, "compute_metrics", lambda *a: seen.append(a[2]) or {})
+    for seed in (0, 1):
+        problem = rte_problem(tiny, holdout=True, seed=seed)
+        used = [i for b in problem.batches(1) for part in b for i in part["labels"].tolist()]
+        assert len(used) == 1755 and sorted(used + seen[-1]) == list(range(1950))
+    assert seen[0] == seen[1]
+
+
+def test_the_adapters_of_other_methods_load_in_peft(tiny, tmp_path, monkeypatch):
+    """What LoRA's and AdaLoRA's runs write gives the metrics of the run, with as many weights as
+    the run says: those of the ranks that AdaLoRA kept."""
+    import peft
+    from safetensors.torch import load_file
+
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--task", "rte", "--epochs", "1", "--model", str(tiny / "deberta")]
+    reproduce.main([*arguments, "--data-dir", str(tiny), "--method", "lora", "adalora"])
+    for method in ("lora", "adalora"):
+        folder = tmp_path / f"runs/rte-{method}-r4-s0"
+        results = json.loads((folder / "results.json").read_text())
+        problem = rte_problem(tiny)
+        loaded = peft.PeftModel.from_pretrained(problem.model, folder / "peft").eval()
+        assert loaded.base_model.model is problem.model
+        assert problem.evaluate() == pytest.approx(results["metrics"], abs=1e-3)
+        state = load_file(folder / "peft/adapter_model.safetensors")
+        size = sum(w.numel() for name, w in state.items() if ".lora_" in name)
+        assert results["adapter_parameters"] == size
+        assert sum(results["ranks"].values()) == 4 * 12
 
 
 # ---- The benchmark ----
