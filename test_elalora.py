@@ -2032,24 +2032,24 @@ def small_planted(method, monkeypatch, targets=("",), **settings):
 
 @pytest.mark.parametrize("method", ["svd", "lora", "adalora"])
 def test_every_method_resumes_to_the_bit(method, monkeypatch, tmp_path):
-    """A run that was interrupted in its third epoch ends as one that was not."""
+    """A run that was interrupted in its third and fourth epochs ends as one that was not."""
+
+    def interrupted(batches, last):
+        for step, batch in enumerate(batches, 1):
+            if step == last:
+                raise KeyboardInterrupt
+            yield batch
+
     ends = []
-    for interrupted in (False, True):
-        path = tmp_path / f"{interrupted}.pt"
-        if interrupted:
+    for stops in ((), (3, 4)):
+        path = tmp_path / f"{len(stops)}.pt"
+        for stop in stops:
             problem, *rest = small_planted(method, monkeypatch)
             whole = problem.batches
-
-            def cut(epoch):
-                for i, batch in enumerate(whole(epoch)):
-                    if (epoch, i) == (3, 5):
-                        raise KeyboardInterrupt
-                    yield batch
-
-            problem.batches = cut
+            problem.batches = lambda e: interrupted(whole(e), 5 if e == stop else 0)
             with pytest.raises(KeyboardInterrupt):
                 reproduce.train(problem, *rest, None, path)
-            assert len(torch.load(path)["log"]["history"]) == 2
+            assert len(torch.load(path)["log"]["history"]) == stop - 1
         problem, *rest = small_planted(method, monkeypatch)
         allocator, log = reproduce.train(problem, *rest, None, path)
         del log["seconds"]
