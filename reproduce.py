@@ -777,7 +777,7 @@ def compare(folder: Path, task: str) -> str:
             verdict = "higher" if low > 0 else "lower" if high < 0 else ""
         pairs[f"{a} − {b}"] = {
             metric: f"{difference.mean():+.4f} ± {difference.std():.4f}",
-            "95% interval": interval, "": verdict or f"undecided at {n} seeds"}
+            "95% interval": interval, "the first is": verdict or f"undecided at {n} seeds"}
     moving = {n: r["ranks"] for n, r in runs.items() if r["method"] in ("elalora", "adalora")}
     alike = pandas.DataFrame(moving).corr("spearman").map("{:.2f}".format)
     tables = (table, pandas.DataFrame(pairs).T, alike)

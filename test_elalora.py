@@ -2699,3 +2699,23 @@ def test_the_readme_quotes_every_measured_run(path):
         return
     assert all(f"{value:.4f}" in readme for value in results["metrics"].values())
     assert f"{results['adapter_parameters']:,}" in readme
+
+
+PAGES = sorted(set(HERE.glob("results/*/table.md")) - {run.with_name("table.md") for run in RUNS})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.parent.name for page in PAGES])
+def test_the_tables_in_results_are_those_of_the_runs_beside_them(page, tmp_path):
+    """Nobody wrote in them by hand."""
+    shutil.copytree(page.parent, tmp_path / "runs")
+    task = next(page.parent.glob("*/results.json")).parent.name.split("-")[0]
+    reproduce.compare(tmp_path / "runs", task)
+    assert (tmp_path / "runs/table.md").read_text() == page.read_text()
+
+
+def test_every_mean_and_interval_of_the_readme_is_in_a_table_of_results():
+    """Whatever the README gives as mean ± deviation, or as an interval, a run's table has."""
+    tables = "".join(page.read_text() for page in PAGES)
+    readme = (HERE / "README.md").read_text()
+    quoted = re.findall(r"[-+]?[\d.]+ ± [\d.e-]+|[-+][\d.]+ to [-+][\d.]+", readme)
+    assert [text for text in quoted if text not in tables] == []
