@@ -475,9 +475,10 @@ def prepare(problem: Problem, config: Namespace, recipe: Recipe, ranks: dict | N
         elalora.inject(problem.model, problem.targets, ranks or config.rank, recipe.alpha, 0,
                        problem.heads)
         problem.penalty = lambda: recipe.gamma * elalora.orthogonality_penalty(problem.model)
-    groups = {1: [], recipe.lambda_rate: []}
+    groups = {1: [], recipe.lambda_rate: []}  # of singular values, AdaLoRA's as well
     for name, w in trained(problem.model).items():
-        groups[recipe.lambda_rate if name.endswith(".Lambda") else 1].append(w)
+        times = recipe.lambda_rate if name.endswith((".Lambda", ".lora_E.default")) else 1
+        groups[times].append(w)
     optimizer = torch.optim.AdamW(
         [dict(params=group, lr=times * recipe.learning_rate) for times, group in groups.items()],
         weight_decay=0.0, foreach=True)

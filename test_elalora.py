@@ -2072,19 +2072,21 @@ def test_targets_alone_are_adapted(method, names, count, monkeypatch):
     assert (residuals["even_rank_bound"], residuals["best_possible"]) == expected
 
 
-def test_lambda_rate_multiplies_the_rate_of_lambda_alone(monkeypatch):
+@pytest.mark.parametrize("method", ["elalora", "adalora"])
+def test_lambda_rate_multiplies_the_rate_of_singular_values_alone(method, monkeypatch):
     """Adam's first step is one learning rate long: lambda_rate of them for singular values."""
-    problem, config, recipe = small_planted("elalora", monkeypatch, lambda_rate=7.0)
+    problem, config, recipe = small_planted(method, monkeypatch, lambda_rate=7.0)
     parts = reproduce.prepare(problem, config, recipe)
-    for layer in parts["allocator"].layers.values():
-        nn.init.ones_(layer.Lambda)
-    before = {name: w.detach().clone() for name, w in reproduce.trained(problem.model).items()}
+    trained = reproduce.trained(problem.model)
+    singular = {name for name in trained if name.endswith((".Lambda", ".lora_E.default"))}
+    assert len(singular) == 12
+    before = {name: nn.init.ones_(w).detach().clone() for name, w in trained.items()}
     for group in parts["optimizer"].param_groups:
         group["lr"] = group["initial_lr"]  # else 0 at the start of the warm-up
     reproduce.train_step(problem, next(iter(problem.batches(1))), **parts)
-    for name, w in reproduce.trained(problem.model).items():
-        times = 7 if name.endswith("Lambda") else 1
-        assert (w - before[name]).abs().max().item() == pytest.approx(times * 2e-2, rel=1e-3)
+    for name, w in trained.items():
+        change = (w - before[name]).abs().max().item()
+        assert change == pytest.approx((7 if name in singular else 1) * 2e-2, rel=1e-3)
 
 
 def test_adaloras_scores_are_equation_2s_of_the_ranks_it_kept(monkeypatch, tmp_path):
