@@ -766,19 +766,21 @@ def compare(folder: Path, task: str) -> str:
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
             minutes=r["seconds"] / 60) for name, r in runs.items())
     groups = rows.drop(columns="seed").groupby("run", sort=False)
-    table = groups.agg(lambda x: f"{x.mean():.5g} ± {x.std():.2g}").assign(seeds=groups.size())
+    table = groups.agg(lambda x: "{:,.{n}f} ± {:,.{n}f}".format(
+        x.mean(), x.std(), n=4 if x.max() < 100 else 0)).assign(seeds=groups.size())
     metric, pairs = rows.columns[2], {}
     by_seed = rows.pivot(index="seed", columns="run", values=metric)
     for a, b in itertools.combinations(table.index, 2):
-        both = by_seed[[a, b]].dropna()
-        difference, n, interval, verdict = both[a] - both[b], len(both), "", ""
-        if n >= 5:
-            low, high = scipy.stats.ttest_rel(both[a], both[b]).confidence_interval(0.95)
+        difference, interval, verdict = (by_seed[a] - by_seed[b]).dropna(), "", ""
+        if len(difference) < 2:
+            continue
+        if len(difference) >= 5:
+            low, high = scipy.stats.ttest_1samp(difference, 0).confidence_interval(0.95)
             interval = f"{low:+.4f} to {high:+.4f}"
             verdict = "higher" if low > 0 else "lower" if high < 0 else ""
         pairs[f"{a} − {b}"] = {
-            metric: f"{difference.mean():+.4f} ± {difference.std():.4f}",
-            "95% interval": interval, "the first is": verdict or f"undecided at {n} seeds"}
+            metric: f"{difference.mean():+.4f} ± {difference.std():.4f}", "95% interval": interval,
+            "the first is": verdict or f"undecided at {len(difference)} seeds"}
     moving = {n: r["ranks"] for n, r in runs.items() if r["method"] in ("elalora", "adalora")}
     alike = pandas.DataFrame(moving).corr("spearman").map("{:.2f}".format)
     tables = (table, pandas.DataFrame(pairs).T, alike)
