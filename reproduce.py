@@ -609,6 +609,12 @@ def run(config: Namespace, folder: Path) -> dict:
     return results
 
 
+def grid(ranks: dict[str, int]) -> pandas.DataFrame:
+    """A row for every matrix of a layer, a column for every layer."""
+    cells = {re.search(r"\.(\d+)\.(.+)", name).groups(): rank for name, rank in ranks.items()}
+    return pandas.Series(cells).unstack(0, sort=False)
+
+
 def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
     """Heatmaps of layers and matrices, as Figure 2."""
     import seaborn
@@ -616,9 +622,8 @@ def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     highest = max(max(ranks.values()) for ranks in panels.values())
     for axis, (title, ranks) in zip(axes, panels.items()):
-        cells = {re.search(r"\.(\d+)\.(.+)", name).groups(): rank for name, rank in ranks.items()}
-        grid = pandas.Series(cells).unstack(0, sort=False)  # a matrix of every layer is a row
-        seaborn.heatmap(grid, annot=True, cmap="Blues", vmin=0, vmax=highest, cbar=False, ax=axis)
+        seaborn.heatmap(grid(ranks), annot=True, cmap="Blues", vmin=0, vmax=highest, cbar=False,
+                        ax=axis)
         axis.set(xlabel="layer", title=f"ranks {title}, total {sum(ranks.values())}")
     figure.savefig(path, dpi=110)
 
@@ -749,10 +754,9 @@ def describe(results: dict) -> list[str]:
     asked = (results["arguments"]["model"], results["recipe"]["epochs"], results["method"])
     if asked == (DEBERTA, table.epochs, "elalora") and (rank := results["rank"]) in RANKS:
         lines.append(f"  Table 2 has     {table.paper[RANKS.index(rank)] / 100:.4f}")
-    for matrix, planted in MATRICES.items() if results["task"] == "planted" else ():
-        if found := [r for name, r in ranks.items() if re.search(rf"\.\d+\.{matrix}$", name)]:
-            mean = statistics.fmean(found)
-            lines.append(f"  {matrix:<25} planted {planted:>2}, found {mean:>5.2f} (mean)")
+    for matrix, mean in grid(ranks).mean(axis="columns").items():
+        planted = f"  (planted {MATRICES[matrix]})" if results["task"] == "planted" else ""
+        lines.append(f"  {matrix:<25} mean rank {mean:5.2f}{planted}")
     return lines
 
 
@@ -765,9 +769,11 @@ def compare(folder: Path, task: str) -> str:
         dict(run=name[: name.rindex("-")], seed=r["seed"]) | r["metrics"] | dict(
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
             minutes=r["seconds"] / 60) for name, r in runs.items())
+    matrices = [grid(r["ranks"]).mean(axis="columns").to_dict() for r in runs.values()]
+    matrices = pandas.DataFrame(matrices).groupby(rows["run"].rename("mean ranks"), sort=False)
     groups = rows.drop(columns="seed").groupby("run", sort=False)
-    table = groups.agg(lambda x: "{:,.{n}f} ± {:,.{n}f}".format(
-        x.mean(), x.std(), n=4 if x.max() < 100 else 0)).assign(seeds=groups.size())
+    table, matrices = (parts.agg(lambda x: "{:,.{n}f} ± {:,.{n}f}".format(
+        x.mean(), x.std(), n=4 if x.max() < 100 else 0)) for parts in (groups, matrices))
     metric, pairs = rows.columns[2], {}
     by_seed = rows.pivot(index="seed", columns="run", values=metric)
     for a, b in itertools.combinations(table.index, 2):
@@ -783,7 +789,7 @@ def compare(folder: Path, task: str) -> str:
             "the first is": verdict or f"undecided at {len(difference)} seeds"}
     moving = {n: r["ranks"] for n, r in runs.items() if r["method"] in ("elalora", "adalora")}
     alike = pandas.DataFrame(moving).corr("spearman").map("{:.2f}".format)
-    tables = (table, pandas.DataFrame(pairs).T, alike)
+    tables = (table.assign(seeds=groups.size()), pandas.DataFrame(pairs).T, matrices, alike)
     text = "\n\n".join(table.to_markdown(disable_numparse=True) for table in tables)
     commands = "\n".join(sorted({r["command"] for r in runs.values()}))
     replace(folder / "table.md",

@@ -1820,6 +1820,7 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
     """Means and deviations; paired differences, decided by Student's t from 5 seeds on; Spearman's
     correlation of the ranks; the commands; the scores at the end of the searches, drawn."""
     random, runs = np.random.default_rng(0), {}
+    matrices = [f"layer.{i}.{matrix}" for i in range(3) for matrix in "abc"]
     for run, seeds, mean in (
         ("elalora-r4", 6, 0.3),
         ("lora-r4", 6, 0.1),
@@ -1831,7 +1832,7 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
                 method=run.split("-")[0], seed=seed,
                 metrics=dict(accuracy=mean + random.normal() / 100),
                 adapter_parameters=1234, seconds=90, history=[dict(train_loss=random.random())],
-                ranks=dict(enumerate(random.permutation(9).tolist())),
+                ranks=dict(zip(matrices, random.permutation(9).tolist())),
                 scores={"5": [1.0, 0.0], "9": [0.5] if run != "lora-r4" else []},
                 command=f"python reproduce.py --seeds {seed % 2}",
             )  # fmt: skip
@@ -1846,7 +1847,12 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
     assert page == f"```sh\n{commands}```\n\n{text}\n"
     assert drawn == [{f"{run}-s0": runs[run, 0]["scores"]["9"] for run, _ in runs}]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    table = {row[0]: row[1:] for row in rows if row}
+    start = rows.index(["mean ranks", *"abc"])
+    table = {row[0]: row[1:] for row in rows[:start] + rows[start + 6 :] if row}
+    b = [runs["lora-r4", i]["ranks"][f"layer.{j}.b"] for i in range(6) for j in range(3)]
+    means = np.reshape(b, (6, 3)).mean(axis=1)
+    cell = dict((row[0], row[2]) for row in rows[start : start + 6])["lora-r4"]
+    assert cell == f"{means.mean():.4f} ± {means.std(ddof=1):.4f}"
 
     def accuracy(run, seeds=6):
         return np.array([runs[run, i]["metrics"]["accuracy"] for i in range(seeds)])
