@@ -790,7 +790,8 @@ def compare(folder: Path, task: str) -> str:
     moving = {n: r["ranks"] for n, r in runs.items() if r["method"] in ("elalora", "adalora")}
     alike = pandas.DataFrame(moving).corr("spearman").map("{:.2f}".format)
     tables = (table.assign(seeds=groups.size()), pandas.DataFrame(pairs).T, matrices, alike)
-    text = "\n\n".join(table.to_markdown(disable_numparse=True) for table in tables)
+    text = "\n\n".join(table.to_markdown(disable_numparse=True) for table in tables if len(table))
+    text = text.replace(" ± nan", "      ")  # of a single seed
     commands = "\n".join(sorted({r["command"] for r in runs.values()}))
     replace(folder / "table.md",
             lambda path: path.write_text(f"```sh\n{commands}\n```\n\n{text}\n"))
