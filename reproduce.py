@@ -96,6 +96,14 @@ def seed_of(config: Namespace, epoch: int) -> int:
     return 100_003 * config.seed + epoch
 
 
+def chosen(matrices: list[str], config: Namespace) -> list[str]:
+    """Those that --targets names, by the ends of their names."""
+    for target in config.targets:
+        if not any(name.endswith(target) for name in matrices):
+            raise ValueError(f"--targets {target}: none of {', '.join(matrices[-6:])} ends so")
+    return [name for name in matrices if name.endswith(tuple(config.targets))]
+
+
 @dataclass
 class Problem:
     """What training needs to know of a task; a batch is what batches yields and loss takes."""
@@ -135,7 +143,7 @@ def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
     """72 frozen random W0, each to regress W0 + Delta*, of known rank, from Gaussian inputs."""
     if not 1 < config.rank < max(PLANTED.values()):
         raise ValueError(f"--rank {config.rank}: 2 to 11 leave a choice of where to put the ranks")
-    targets = [name for name in PLANTED if name.endswith(tuple(config.targets))]
+    targets = chosen([*PLANTED], config)
     even, best = planted_bounds(config.rank, targets)
     model, deltas = nn.Module(), []
     for name, r in PLANTED.items():
@@ -164,8 +172,9 @@ def planted_problem(config: Namespace, recipe: Recipe) -> Problem:
         identity = torch.eye(WIDTH, device=DEVICE)  # a layer's output is (W0 + its update)'
         learned = torch.stack([model.get_submodule(name)(identity).T for name in PLANTED])
         residual = float((learned - target).square().sum() / delta.square().sum())
-        return dict(residual=residual, even_rank_bound=even, best_possible=best,
-                    gap_closed=(even - residual) / (even - best))
+        gap = even - best
+        return dict(residual=residual, even_rank_bound=even, best_possible=best) | (
+            dict(gap_closed=(even - residual) / gap) if gap > 1e-6 else {})
 
     model.forward = forward
     return Problem(model, targets, [], STEPS_PER_EPOCH, batches, evaluate=evaluate)
@@ -298,8 +307,7 @@ def load_model(config: Namespace, num_labels: int) -> tuple[nn.Module, list[str]
     for attention in (["query_proj", "key_proj", "value_proj"], ["query", "key", "value"]):
         kinds = [f".{kind}" for kind in (*attention, "intermediate.dense", "output.dense")]
         if all(any(name.endswith(kind) for name in names) for kind in kinds):
-            targets = [name for name in names if name.endswith(tuple(kinds))]
-            targets = [name for name in targets if name.endswith(tuple(config.targets))]
+            targets = chosen([name for name in names if name.endswith(tuple(kinds))], config)
             return model.to(DEVICE), targets, heads
     raise ValueError(f"--model: {config.model} is not built like DeBERTa, BERT or RoBERTa")
 
@@ -410,7 +418,7 @@ class Baseline:
             problem.model.get_input_embeddings().register_forward_hook(
                 lambda module, inputs, output: output.requires_grad_())
             return
-        r, start = config.rank, config.rank * 3 // 2
+        r, start = config.rank, max(config.rank + 1, config.rank * 3 // 2)
         settings = peft.LoraConfig(r=r, lora_alpha=recipe.alpha, **names)
         if config.method == "adalora":  # PEFT divides alpha by init_r
             settings = peft.AdaLoraConfig(
@@ -562,14 +570,24 @@ def versions() -> dict[str, str]:
         "hardware": f"{hardware}, {torch.get_num_threads()} threads"}
 
 
+def label(config: Namespace) -> str:
+    """What tells a run from others, but for the seed, in folders and tables."""
+    parts = [config.method, f"r{config.rank}", "+".join(config.targets), *config.set]
+    return "-".join(filter(None, parts))
+
+
+def folder_name(config: Namespace) -> str:
+    return f"{config.task}-{label(config)}-s{config.seed}"
+
+
 def rank_map(config: Namespace, folder: Path) -> dict[str, int] | None:
     """The ranks with which the ElaLoRA run beside this one ended, or those shuffled."""
     if config.method not in ("final", "shuffled"):
         return None
-    path = folder.with_name(folder.name.replace(config.method, "elalora", 1)) / "results.json"
-    if not path.exists():
+    source = Namespace(**vars(config) | dict(method="elalora"))
+    if not (results := earlier(source, path := folder.with_name(folder_name(source)), False)):
         raise ValueError(f"--method {config.method} takes the ranks of {path}: run elalora first")
-    ranks = json.loads(path.read_text())["ranks"]
+    ranks = results["ranks"]
     count = len(ranks) if config.method == "shuffled" else 0
     return ranks | dict(zip(ranks, random.Random(config.seed).sample([*ranks.values()], count)))
 
@@ -760,11 +778,18 @@ def describe(results: dict) -> list[str]:
     return lines
 
 
-def compare(folder: Path, task: str) -> str:
-    """Writes table.md and scores.png (Figure 5) of all runs of a task: mean ± standard deviation
-    over the seeds after the last epoch, differences by seed, rank correlations of the ranks."""
-    runs = {path.parent.name[len(task) + 1 :]: json.loads(path.read_text())
-            for path in sorted(folder.glob(f"{task}-*/results.json"))}
+def compare(folder: Path, config: Namespace) -> str:
+    """Writes table.md and scores.png (Figure 5) of all runs like this one, but for what label()
+    has and the seed: mean ± standard deviation over the seeds after the last epoch, differences
+    by seed, mean ranks, rank correlations of the ranks."""
+    runs, varied = {}, ("method", "rank", "targets", "set", "seed")
+    for path in sorted(folder.glob(f"{config.task}-*/results.json")):
+        results = json.loads(path.read_text())
+        had = results["arguments"]
+        if all(had.get(name) == x for name, x in vars(config).items() if name not in varied):
+            runs[f"{label(Namespace(**had))}-s{had['seed']}"] = results
+    if len(runs) < 2:
+        return ""
     rows = pandas.DataFrame(
         dict(run=name[: name.rindex("-")], seed=r["seed"]) | r["metrics"] | dict(
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
@@ -816,7 +841,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         "same rank and seed ended; shuffled: at those, shuffled; lora, adalora: PEFT's")
     add("--targets", nargs="+", default=[""], metavar="NAME",
         help="adapt only matrices whose names end so; default: all of Figure 2")
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE",
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help=f"instead of the recipe's: {' '.join(Recipe._fields)}")
     add("--holdout", action="store_true",
         help="for choosing settings: a tenth of the training split as dev set")
@@ -883,18 +908,20 @@ def run_all(args: Namespace) -> None:
     for method, rank, seed in itertools.product(METHODS, args.rank, args.seeds):
         if method in args.method:
             config = Namespace(**shared | dict(method=method, rank=rank, seed=seed))
-            parts = [args.task, method, f"r{rank}", "+".join(args.targets), *args.set, f"s{seed}"]
-            runs[Path(args.output_dir, "-".join(filter(None, parts)))] = config
+            runs[Path(args.output_dir, folder_name(config))] = config
     check_files(args, [*runs])
     for recipe in map(recipe_of, runs.values()):
         if recipe.batch_size % PROCESSES:
             raise ValueError(f"{PROCESSES} processes cannot share batches of {recipe.batch_size}")
     known = [earlier(config, folder, args.resume) for folder, config in runs.items()]
+    for folder, config in runs.items():
+        if "elalora" not in args.method:
+            rank_map(config, folder)  # an error now, if those runs are missing
     for (folder, config), results in zip(runs.items(), known):
         print(*describe(results or run(config, folder)), sep="\n")
         print(f"  {'finished before: ' if results else 'written: '}{folder}", flush=True)
-    if PROCESS == 0 and len([*Path(args.output_dir).glob(f"{args.task}-*/results.json")]) > 1:
-        print(compare(Path(args.output_dir), args.task))
+    if PROCESS == 0 and (tables := compare(Path(args.output_dir), config)):
+        print(tables)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1835,13 +1835,19 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
                 ranks=dict(zip(matrices, random.permutation(9).tolist())),
                 scores={"5": [1.0, 0.0], "9": [0.5] if run != "lora-r4" else []},
                 command=f"python reproduce.py --seeds {seed % 2}",
+                arguments=dict(task="mrpc", method=run.split("-")[0], rank=int(run[-1]), seed=seed,
+                               targets=[""], set=[], epochs=4),
             )  # fmt: skip
             (folder := tmp_path / f"mrpc-{run}-s{seed}").mkdir()
             (folder / "results.json").write_text(json.dumps(runs[run, seed]))
     drawn = []
     monkeypatch.setattr(reproduce, "plot_scores", lambda scores, path: drawn.append(scores))
     monkeypatch.setattr(reproduce, "replace", lambda path, write: write(path))
-    text = reproduce.compare(tmp_path, "mrpc")
+    config = Namespace(**runs["lora-r4", 0]["arguments"])
+    for other, arguments in (("old", {}), ("longer", vars(config) | dict(epochs=5, seed=9))):
+        (folder := tmp_path / f"mrpc-{other}").mkdir()  # left out
+        (folder / "results.json").write_text(json.dumps(dict(arguments=arguments)))
+    text = reproduce.compare(tmp_path, config)
     page = (tmp_path / "table.md").read_text()
     commands = "".join(f"python reproduce.py --seeds {i}\n" for i in (0, 1))
     assert page == f"```sh\n{commands}```\n\n{text}\n"
@@ -1899,6 +1905,8 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
             "--model, --data-dir, --dtype, --holdout are for GLUE",
         ),
         (["--benchmark", "--model", "./nowhere"], "nowhere is no folder with a config.json"),
+        (["--targets", "dense", "bias"], "--targets bias: none of .*output.dense ends so"),
+        (["--set", "b=1", "--set", "k=two"], "--set k=two: takes NAME=VALUE, .* b=1, "),
         (["--output-dir", "/dev/null/runs"], "--output-dir: cannot write in /dev/null: Not a dir"),
         (["--output-dir", "/proc/runs"], "--output-dir: cannot write in /proc"),
     ],
@@ -2081,6 +2089,7 @@ def test_targets_alone_are_adapted(method, names, count, monkeypatch):
     assert all(name.endswith(names) for name in allocator.ranks())
     residuals = problem.evaluate()
     assert residuals["residual"] == pytest.approx(1) and residuals["best_possible"] < 1
+    assert ("gap_closed" in residuals) == (count == 8)  # else all matrices need as many ranks
     expected = reproduce.planted_bounds(4, [n for n in reproduce.PLANTED if n.endswith(names)])
     assert (residuals["even_rank_bound"], residuals["best_possible"]) == expected
 
@@ -2129,9 +2138,9 @@ def test_final_and_shuffled_train_at_the_ranks_that_elalora_found(monkeypatch, t
     monkeypatch.setitem(reproduce.RECIPES, "planted", recipe)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        reproduce.main(["--method", "final"])
-    message = "takes the ranks of runs/planted-elalora-r4-s0/results.json: run elalora first"
-    assert message in capsys.readouterr().err
+        reproduce.main(["--method", "svd", "final"])
+    message = "takes the ranks of runs/planted-elalora-r4-s0: run elalora first"
+    assert message in capsys.readouterr().err and not Path("runs").exists()
     reproduce.main(["--method", "shuffled", "final", "elalora"])
     ranks, scalings = {}, set()
     for method in ("elalora", "final", "shuffled"):
@@ -2146,6 +2155,12 @@ def test_final_and_shuffled_train_at_the_ranks_that_elalora_found(monkeypatch, t
     assert ranks["final"] == ranks["elalora"] != ranks["shuffled"]
     assert sorted(ranks["final"].values()) == sorted(ranks["shuffled"].values()) != [4] * 12
     assert scalings == {4.0}
+    shutil.rmtree("runs/planted-final-r4-s0")
+    with pytest.raises(SystemExit):
+        reproduce.main(["--method", "final", "--epochs", "3"])
+    assert (
+        "planted-elalora-r4-s0/results.json: it has epochs None, not 3" in capsys.readouterr().err
+    )
 
 
 def test_the_held_out_tenth_is_of_the_training_split_and_not_trained_on(tiny, monkeypatch):
@@ -2723,8 +2738,8 @@ PAGES = sorted(set(HERE.glob("results/*/table.md")) - {run.with_name("table.md")
 def test_the_tables_in_results_are_those_of_the_runs_beside_them(page, tmp_path):
     """Nobody wrote in them by hand."""
     shutil.copytree(page.parent, tmp_path / "runs")
-    task = next(page.parent.glob("*/results.json")).parent.name.split("-")[0]
-    reproduce.compare(tmp_path / "runs", task)
+    results = json.loads(next(page.parent.glob("*/results.json")).read_text())
+    reproduce.compare(tmp_path / "runs", Namespace(**results["arguments"]))
     assert (tmp_path / "runs/table.md").read_text() == page.read_text()
 
 
