@@ -648,11 +648,12 @@ def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
 
 def plot_scores(scores: dict[str, list[float]], path: Path) -> None:
     """How the importance scores of all ranks are distributed, as Figure 5; 0 is drawn as 1e-20."""
-    axis = (figure := Figure(figsize=(6, 3.2), layout="constrained")).subplots()
-    for label, S in scores.items():
-        axis.hist(np.log10(np.maximum(S, 1e-20)), bins=40, histtype="step", label=label)
+    axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
+    drawn = {label: np.log10(np.maximum(S, 1e-20)) for label, S in scores.items() if S}
+    if drawn:  # LoRA has none
+        axis.hist([*drawn.values()], bins=40, histtype="step", label=[*drawn])
     axis.set(xlabel="log10 of the importance score S", ylabel="ranks")
-    axis.legend()
+    figure.legend(loc="outside upper center")
     figure.savefig(path, dpi=110)
 
 
@@ -764,14 +765,18 @@ def describe(results: dict) -> list[str]:
     lines = [
         "{task}, {method}, rank {rank}, seed {seed}: {total_steps} steps, {seconds:.0f} s\n"
         "  {adapter_parameters:,} adapter parameters, {trainable_parameters:,} in all trained"
-        .format(**results), f"  {len(ranks)} matrices, total rank {sum(sizes)}, {sizes[0]} to "
-        f"{sizes[-1]} each after {len(results['adjustments'])} adjustments"]
+        .format(**results),
+        f"  {len(ranks)} matrices, total rank {sum(sizes)}, {sizes[0]} to {sizes[-1]} each"]
+    if results["adjustments"]:
+        lines[-1] += f" after {len(results['adjustments'])} adjustments"
     for metric, value in results["metrics"].items():
         majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
         lines.append(f"  {metric:<15} {value:.4f}{majority}")
-    asked = (results["arguments"]["model"], results["recipe"]["epochs"], results["method"])
-    if asked == (DEBERTA, table.epochs, "elalora") and (rank := results["rank"]) in RANKS:
-        lines.append(f"  Table 2 has     {table.paper[RANKS.index(rank)] / 100:.4f}")
+    names, rank = ("model", "method", "set", "targets", "holdout", "epochs"), results["rank"]
+    asked = [results["arguments"][name] for name in names]
+    if asked[:5] == [DEBERTA, "elalora", [], [""], False] and rank in RANKS:
+        if asked[5] in (None, table.epochs):
+            lines.append(f"  Table 2 has     {table.paper[RANKS.index(rank)] / 100:.4f}")
     for matrix, mean in grid(ranks).mean(axis="columns").items():
         planted = f"  (planted {MATRICES[matrix]})" if results["task"] == "planted" else ""
         lines.append(f"  {matrix:<25} mean rank {mean:5.2f}{planted}")
