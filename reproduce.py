@@ -652,8 +652,8 @@ def plot_scores(scores: dict[str, list[float]], path: Path) -> None:
     drawn = {label: np.log10(np.maximum(S, 1e-20)) for label, S in scores.items() if S}
     if drawn:  # LoRA has none
         axis.hist([*drawn.values()], bins=40, histtype="step", label=[*drawn])
+        figure.legend(loc="outside upper center")
     axis.set(xlabel="log10 of the importance score S", ylabel="ranks")
-    figure.legend(loc="outside upper center")
     figure.savefig(path, dpi=110)
 
 
