@@ -36,7 +36,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas
-import scipy.stats
 import torch
 import torch.utils.benchmark
 import tqdm
@@ -115,7 +114,7 @@ class Problem:
     loss: Callable[[nn.Module, object], Tensor] = lambda model, batch: model(**batch).loss
     evaluate: Callable[[], dict[str, float]] = dict
     baseline: dict[str, float] = field(default_factory=dict)  # the metrics of the majority class
-    penalty: Callable[[], Tensor] | None = None  # ElaLoRA's; AdaLoRA's model adds its own
+    penalty: Callable[[], Tensor] | None = None
 
 
 # ---- The planted problem ----
@@ -280,7 +279,7 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
 
 def compute_metrics(names: Iterable[str], predicted: list, labels: list) -> dict[str, float]:
     """GLUE's metrics; a correlation with a constant counts as 0."""
-    import sklearn.metrics
+    import scipy.stats, sklearn.metrics
     compute = {
         "accuracy": sklearn.metrics.accuracy_score,
         "f1": sklearn.metrics.f1_score,
@@ -396,6 +395,8 @@ def restore(path: Path, config: Namespace, model: nn.Module, parts: dict) -> dic
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         check_arguments(saved["arguments"], config)
+        if wrong := saved["trained"].keys() ^ trained(model).keys():
+            raise ValueError(f"missing or unknown: {min(wrong)}")
         model.load_state_dict(saved["trained"], strict=False)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -428,15 +429,23 @@ class Baseline:
                 deltaT=schedule.adjust_interval, total_step=schedule.total_steps, **names)
         self.adapted = peft.get_peft_model(problem.model, settings)
         self.layers = {n: m for n, m in problem.model.named_modules() if hasattr(m, "lora_A")}
-        problem.model = self.adapted.base_model  # its loss has AdaLoRA's penalty
-        self.tuner = getattr(problem.model, "rankallocator", None)
+        self.tuner = getattr(self.adapted.base_model, "rankallocator", None)
         if self.tuner:
             self.tuner.reset_ipt = lambda: None  # the last scores are kept, as ElaLoRA's are
+            problem.penalty = lambda: recipe.gamma * self.penalty()
 
     def step(self) -> None:
         self.t += 1
         if self.tuner:
             self.adapted.base_model.update_and_allocate(self.t)
+
+    def penalty(self) -> Tensor:
+        """AdaLoRA's. PEFT's model would add it to the loss of every part of a batch, in bfloat16
+        under autocast."""
+        factors = [factor for layer in self.layers.values()
+                   for factor in (layer.lora_A["default"], layer.lora_B["default"].T)]
+        norms = [(X @ X.T - torch.eye(len(X), device=DEVICE)).norm() for X in factors]
+        return sum(norms) / len(norms)
 
     @property
     def averages(self) -> dict[str, dict[str, Tensor]]:
@@ -588,8 +597,10 @@ def rank_map(config: Namespace, folder: Path) -> dict[str, int] | None:
     if not (results := earlier(source, path := folder.with_name(folder_name(source)), False)):
         raise ValueError(f"--method {config.method} takes the ranks of {path}: run elalora first")
     ranks = results["ranks"]
-    count = len(ranks) if config.method == "shuffled" else 0
-    return ranks | dict(zip(ranks, random.Random(config.seed).sample([*ranks.values()], count)))
+    if config.method == "shuffled":
+        values = random.Random(config.seed).sample([*ranks.values()], len(ranks))
+        ranks = dict(zip(ranks, values))
+    return ranks
 
 
 def run(config: Namespace, folder: Path) -> dict:
@@ -772,11 +783,10 @@ def describe(results: dict) -> list[str]:
     for metric, value in results["metrics"].items():
         majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
         lines.append(f"  {metric:<15} {value:.4f}{majority}")
-    names, rank = ("model", "method", "set", "targets", "holdout", "epochs"), results["rank"]
-    asked = [results["arguments"][name] for name in names]
-    if asked[:5] == [DEBERTA, "elalora", [], [""], False] and rank in RANKS:
-        if asked[5] in (None, table.epochs):
-            lines.append(f"  Table 2 has     {table.paper[RANKS.index(rank)] / 100:.4f}")
+    paper = dict(model=DEBERTA, method="elalora", set=[], targets=[""], holdout=False)
+    as_paper = results["arguments"] | paper == results["arguments"]
+    if as_paper and results["recipe"]["epochs"] == table.epochs and results["rank"] in RANKS:
+        lines.append(f"  Table 2 has     {table.paper[RANKS.index(results['rank'])] / 100:.4f}")
     for matrix, mean in grid(ranks).mean(axis="columns").items():
         planted = f"  (planted {MATRICES[matrix]})" if results["task"] == "planted" else ""
         lines.append(f"  {matrix:<25} mean rank {mean:5.2f}{planted}")
@@ -795,10 +805,11 @@ def compare(folder: Path, config: Namespace) -> str:
             runs[f"{label(Namespace(**had))}-s{had['seed']}"] = results
     if len(runs) < 2:
         return ""
+    import scipy.stats
     rows = pandas.DataFrame(
-        dict(run=name[: name.rindex("-")], seed=r["seed"]) | r["metrics"] | dict(
+        dict(run=label(Namespace(**r["arguments"])), seed=r["seed"]) | r["metrics"] | dict(
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
-            minutes=r["seconds"] / 60) for name, r in runs.items())
+            minutes=r["seconds"] / 60) for r in runs.values())
     matrices = [grid(r["ranks"]).mean(axis="columns").to_dict() for r in runs.values()]
     matrices = pandas.DataFrame(matrices).groupby(rows["run"].rename("mean ranks"), sort=False)
     groups = rows.drop(columns="seed").groupby("run", sort=False)
@@ -919,8 +930,8 @@ def run_all(args: Namespace) -> None:
         if recipe.batch_size % PROCESSES:
             raise ValueError(f"{PROCESSES} processes cannot share batches of {recipe.batch_size}")
     known = [earlier(config, folder, args.resume) for folder, config in runs.items()]
-    for folder, config in runs.items():
-        if "elalora" not in args.method:
+    if "elalora" not in args.method:
+        for folder, config in runs.items():
             rank_map(config, folder)  # an error now, if those runs are missing
     for (folder, config), results in zip(runs.items(), known):
         print(*describe(results or run(config, folder)), sep="\n")

@@ -2118,14 +2118,10 @@ def test_adaloras_scores_are_equation_2s_of_the_ranks_it_kept(monkeypatch, tmp_p
     allocator, log = reproduce.train(problem, config, recipe, None, tmp_path / "checkpoint.pt")
     begin, end = log["scores"].values()
     assert (len(begin), len(end)) == (12 * 6, 12 * 4) and sum(allocator.ranks().values()) == 12 * 4
-    expected = []
+    expected, tuner = [], allocator.tuner
     for name, kept in allocator.kept.items():
-        s = {
-            factor: array(average[f"{name}.lora_{factor}.default"])
-            * array(allocator.tuner.exp_avg_unc[f"{name}.lora_{factor}.default"])
-            for average in [allocator.tuner.exp_avg_ipt]
-            for factor in "AEB"
-        }
+        names = {factor: f"{name}.lora_{factor}.default" for factor in "AEB"}
+        s = {f: array(tuner.exp_avg_ipt[n]) * array(tuner.exp_avg_unc[n]) for f, n in names.items()}
         S = s["A"].mean(axis=1) + s["E"][:, 0] + s["B"].mean(axis=0)
         expected += [score for score, keep in zip(S, kept) if keep]
     np.testing.assert_allclose(end, expected, rtol=6e-3)
@@ -2202,9 +2198,9 @@ def test_the_adapters_of_other_methods_load_in_peft(tiny, tmp_path, monkeypatch)
 # ---- The benchmark ----
 
 
-def prepared(method, tiny, total=20, **settings):
+def prepared(method, tiny, total=20):
     """A method about to train for some steps, of which the last two keep the ranks."""
-    recipe = reproduce.Recipe(8, 1e-2, 1, 2, 2, 4, 4, 1, None, **settings)
+    recipe = reproduce.Recipe(8, 1e-2, 1, 2, 2, 4, 4, 1, None)
     config = rte_config(tiny, method=method)
     torch.manual_seed(0)
     problem = reproduce.random_tokens(config, recipe)
@@ -2220,7 +2216,6 @@ def test_every_method_starts_as_the_base_and_adapts_the_same_at_the_same_scale(m
     base = prepared("frozen", tiny)[0].model.eval()
     ids = torch.randint(5, 40, (3, 7))
     model = problem.model.eval()
-    model = model if method == "elalora" else model.model  # within PEFT's
     torch.testing.assert_close(model(ids).logits, base(ids).logits)
     layers = {name: m for name, m in model.named_modules() if hasattr(m, "base_layer")}
     assert len(layers) == 12
@@ -2239,17 +2234,19 @@ def test_every_method_starts_as_the_base_and_adapts_the_same_at_the_same_scale(m
     assert held == {w for w in model.parameters() if w.requires_grad}
 
 
-def test_adaloras_loss_has_its_penalty(tiny):
-    """PEFT's regularizer, weighed like ours: the mean over 2N factors of |A A' - I|."""
+def test_adaloras_penalty_is_pefts(tiny):
+    """What PEFT's own model adds to the loss: gamma times the mean over 2N of |A A' - I|."""
     problem, parts = prepared("adalora", tiny)
     model, batch = problem.model.eval(), problem.batches(1)[0]
     norms = []
-    for name, w in problem.model.named_parameters():
+    for name, w in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
             A = array(w if "lora_A" in name else w.T)
             norms.append(np.linalg.norm(A @ A.T - np.eye(len(A))))
-    plain = model.model(**batch).loss.item()
-    assert problem.loss(model, batch).item() == pytest.approx(plain + 0.1 * np.mean(norms))
+    penalty = problem.penalty().item()
+    assert len(norms) == 2 * 12 and penalty == pytest.approx(0.1 * np.mean(norms))
+    whole = parts["allocator"].adapted.base_model(**batch).loss.item()
+    assert problem.loss(model, batch).item() + penalty == pytest.approx(whole)
 
 
 def test_adalora_ends_at_the_rank_of_the_others(tiny):
@@ -2557,6 +2554,10 @@ def test_a_checkpoint_that_is_not_this_runs_is_named_and_refused(short_rte):
         (saved({"weights": torch.zeros(3)}), "KeyError: 'arguments'"),
         (saved(state | {"arguments": state["arguments"] | {"seed": 7}}), "it has seed 7, not 0"),
         (saved(state | {"trained": state["trained"] | {key: torch.zeros(2)}}), "does not fit"),
+        (
+            saved(state | {"trained": {key: state["trained"][key]}}),
+            "missing or unknown: classifier",
+        ),
         (saved(state | {"allocator": {}}), "KeyError: 'averages'"),
     ]:
         path.write_bytes(broken)
