@@ -275,7 +275,7 @@ class RankSchedule:
         return self.total_steps - self.stabilize_steps
 
     def budget(self, step: int) -> int:
-        """b^(t) of eq. 4 and 5 at an adjustment step, 0 at any other."""
+        """b^(t) = b (1 - P^3), P the share of the search done (eq. 4, 5); 0 where none is due."""
         searched = step - self.warmup_steps
         if searched <= 0 or step > self.search_end or searched % self.adjust_interval:
             return 0
@@ -344,7 +344,7 @@ class RankAllocator:
         return Adjustment(self.t, b, pruned, expanded)
 
     def importance(self) -> dict[str, Tensor]:
-        """Module name -> S_i of its ranks, (rank,), float32 (eq. 2 and 3)."""
+        """Module name -> S_i = s(Lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij), (rank,), float32."""
         s = {w: a["I_bar"] * a["U_bar"] for w, a in self.averages.items()}  # eq. 3
         return {name: s[layer.Lambda] + s[layer.P].mean(dim=0) + s[layer.Q].mean(dim=1)
                 for name, layer in self.layers.items()}  # eq. 2

@@ -81,12 +81,17 @@ def recipe_of(config: Namespace) -> Recipe:
               for name in ("warmup", "stabilize", "interval")}
     recipe = table._replace(epochs=epochs, b=table.b[column], k=table.k[column], **phases)
     for setting in config.set:
-        name, _, value = setting.partition("=")
+        name, _, text = setting.partition("=")
         try:
-            kind = type(recipe._asdict()[name])
-            recipe = recipe._replace(**{name: {int: int, float: float, str: str}[kind](value)})
+            value = {int: int, float: float, str: str}[type(recipe._asdict()[name])](text)
+            if value not in elalora.SHAPES if name == "shape" else not (
+                    0 < value < (1 if name in ("beta1", "beta2") else math.inf)
+                    or value == 0 and name in ("warmup", "stabilize", "b", "gamma")):
+                raise ValueError
         except (KeyError, ValueError):
-            raise ValueError(f"--set {setting}: takes NAME=VALUE, as of {recipe}") from None
+            raise ValueError(f"--set {setting}: takes NAME=VALUE, numbers above 0, betas below 1, "
+                             f"shape one of {', '.join(elalora.SHAPES)}, as of {recipe}") from None
+        recipe = recipe._replace(**{name: value})
     return recipe
 
 
@@ -769,6 +774,16 @@ def benchmark(args: Namespace) -> None:
 
 
 # ---- What the user sees ----
+def count_pruned(results: dict) -> tuple[int, int]:
+    """How many ranks the adjustments of a run pruned, and how many of those they had added."""
+    pruned, again, initial = 0, 0, dict.fromkeys(results["ranks"], results["rank"])
+    for name, indices in ((n, i) for a in results["adjustments"] for n, i in a["pruned"].items()):
+        old = sum(i < initial[name] for i in indices)  # added ranks come last
+        pruned, again = pruned + len(indices), again + len(indices) - old
+        initial[name] -= old
+    return pruned, again
+
+
 def describe(results: dict) -> list[str]:
     """The lines printed of a run."""
     ranks, baseline, table = results["ranks"], results["baseline"], RECIPES[results["task"]]
@@ -779,7 +794,8 @@ def describe(results: dict) -> list[str]:
         .format(**results),
         f"  {len(ranks)} matrices, total rank {sum(sizes)}, {sizes[0]} to {sizes[-1]} each"]
     if results["adjustments"]:
-        lines[-1] += f" after {len(results['adjustments'])} adjustments"
+        lines[-1] += (f" after {len(results['adjustments'])} adjustments; of {{}} ranks pruned, "
+                      "{} had been added by them").format(*count_pruned(results))
     for metric, value in results["metrics"].items():
         majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
         lines.append(f"  {metric:<15} {value:.4f}{majority}")
@@ -809,7 +825,8 @@ def compare(folder: Path, config: Namespace) -> str:
     rows = pandas.DataFrame(
         dict(run=label(Namespace(**r["arguments"])), seed=r["seed"]) | r["metrics"] | dict(
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
-            minutes=r["seconds"] / 60) for r in runs.values())
+            minutes=r["seconds"] / 60) | dict(zip(("pruned", "of_those_added"), count_pruned(r)))
+        for r in runs.values())
     matrices = [grid(r["ranks"]).mean(axis="columns").to_dict() for r in runs.values()]
     matrices = pandas.DataFrame(matrices).groupby(rows["run"].rename("mean ranks"), sort=False)
     groups = rows.drop(columns="seed").groupby("run", sort=False)
@@ -876,8 +893,10 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         args.model, args.dtype = args.model or DEBERTA, args.dtype or "float32"
     elif args.dtype or args.data_dir or args.holdout or args.model and not args.benchmark:
         parser.error("--model, --data-dir, --dtype, --holdout are for GLUE: name a --task as well")
-    if args.benchmark and len(args.rank) * len(args.seeds) * PROCESSES > 1:
-        parser.error("--benchmark takes one rank, one seed and one process")
+    if args.benchmark and (len(args.rank) * len(args.seeds) * PROCESSES > 1 or args.set
+                           or args.epochs or args.holdout or args.method != ["elalora"]):
+        parser.error("--benchmark takes one rank, one seed and one process, no --method, --set, "
+                     "--epochs, --holdout")
     return args
 
 

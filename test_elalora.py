@@ -1446,11 +1446,13 @@ def test_other_epochs_scale_the_phases_and_other_ranks_take_the_nearest_row():
 
 
 def test_set_replaces_a_field_and_keeps_its_type():
-    """Any number or name of a recipe; what is none of them is refused with all that are."""
+    """Any number or name of a recipe within its range; else it is refused with all that are."""
     recipe = recipe_of(learning_rate="2e-3", b=0, shape="linear", beta1=0.9)
     expected = recipe_of()._replace(learning_rate=2e-3, b=0, shape="linear", beta1=0.9)
     assert recipe == expected and type(recipe.b) is int
-    for name, value in dict(ranks=3, b=0.5, gamma="much", paper=1, count=1, _fields=1).items():
+    assert recipe_of(gamma=0).gamma == 0
+    wrong = dict(ranks=3, b=0.5, gamma="much", paper=1, count=1, _fields=1, k=0, shape="cube")
+    for name, value in [*wrong.items(), ("alpha", -1), ("beta1", 1), ("gamma", "nan")]:
         with pytest.raises(ValueError, match=f"--set {name}={value}: takes NAME=VALUE, .* gamma="):
             recipe_of(**{name: value})
 
@@ -1816,6 +1818,24 @@ def test_planted_runs_repeat_to_the_bit(tmp_path, monkeypatch):
     assert results[0]["adapter_parameters"] == 288 * 129
 
 
+def test_pruned_ranks_are_counted_as_if_each_had_been_followed():
+    """Through random adjustments, where every rank carries whether one of them had added it."""
+    random = np.random.default_rng(0)
+    followed, adjustments, pruned = {"a": [False] * 4, "b": [False] * 4}, [], []
+    for _ in range(40):
+        indices = {}
+        for name, added in followed.items():
+            lost = random.choice(len(added), random.integers(len(added)), replace=False)
+            indices[name] = sorted(lost.tolist())
+            pruned += [added[i] for i in lost]
+            kept = [was for i, was in enumerate(added) if i not in lost]
+            followed[name] = kept + [True] * int(random.integers(4))
+        adjustments.append(dict(pruned=indices))
+    results = dict(rank=4, ranks={name: len(x) for name, x in followed.items()})
+    counts = reproduce.count_pruned(results | dict(adjustments=adjustments))
+    assert counts == (len(pruned), sum(pruned)) and 0 < sum(pruned) < len(pruned)
+
+
 def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
     """Means and deviations; paired differences, decided by Student's t from 5 seeds on; Spearman's
     correlation of the ranks; the commands; the scores at the end of the searches, drawn."""
@@ -1833,6 +1853,7 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
                 metrics=dict(accuracy=mean + random.normal() / 100),
                 adapter_parameters=1234, seconds=90, history=[dict(train_loss=random.random())],
                 ranks=dict(zip(matrices, random.permutation(9).tolist())),
+                rank=4, adjustments=[dict(pruned={matrices[0]: [3]})] * seed,
                 scores={"5": [1.0, 0.0], "9": [0.5] if run != "lora-r4" else []},
                 command=f"python reproduce.py --seeds {seed % 2}",
                 arguments=dict(task="mrpc", method=run.split("-")[0], rank=int(run[-1]), seed=seed,
@@ -1866,7 +1887,9 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
     losses = [runs["lora-r4", i]["history"][-1]["train_loss"] for i in range(6)]
     for cell, values in zip(table["lora-r4"], (accuracy("lora-r4"), losses)):
         assert cell == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
-    assert table["lora-r4"][2:] == ["1,234 ± 0", "1.5000 ± 0.0000", "6"]
+    pruned, again = np.arange(6), np.maximum(np.arange(6) - 1, 0)  # first, the initial fourth rank
+    pruned, again = (f"{x.mean():.4f} ± {x.std(ddof=1):.4f}" for x in (pruned, again))
+    assert table["lora-r4"][2:] == ["1,234 ± 0", "1.5000 ± 0.0000", pruned, again, "6"]
     difference = accuracy("elalora-r4") - accuracy("lora-r4")
     mean, std = difference.mean(), difference.std(ddof=1)
     half = 2.5705818366 * std / np.sqrt(6)  # Student's t, 5 degrees of freedom, 97.5%
@@ -1900,6 +1923,7 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
         (["--seeds", "3", "1", "3"], r"--seeds \[3, 1, 3\]: name each but once"),
         (["--rank", "4", "4"], r"--rank \[4, 4\]: name each but once"),
         (["--benchmark", "--rank", "2", "4"], "--benchmark takes one rank, one seed and one"),
+        (["--benchmark", "--set", "b=2"], "no --method, --set, --epochs, --holdout"),
         (
             ["--benchmark", "--dtype", "bfloat16"],
             "--model, --data-dir, --dtype, --holdout are for GLUE",
@@ -2474,9 +2498,11 @@ def short_rte(tiny, tmp_path, monkeypatch):
     return start
 
 
-def wait_for(path):
-    while not path.exists():
+def wait_for(path, since=0):
+    """Until the file is there, written after that time in ns; returns when it was."""
+    while not path.exists() or path.stat().st_mtime_ns <= since:
         time.sleep(0.01)
+    return path.stat().st_mtime_ns
 
 
 def ended(pid):
@@ -2498,21 +2524,24 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(short_rte,
     wait_for(Path("whole/rte-elalora-r4-s0/checkpoint.pt"))
     startup = time.time() - started
     assert ended(pid) == 0, Path("stderr").read_text()
+    expected = outcome(Path("whole/rte-elalora-r4-s0"))
+    epoch = json.loads(Path("whole/rte-elalora-r4-s0/results.json").read_text())["seconds"] / 60
     random = np.random.default_rng()
-    folder, kills, resumed = Path("killed/rte-elalora-r4-s0"), 0, set()
-    while kills < 12:
+    folder, written, resumed = Path("killed/rte-elalora-r4-s0"), 0, set()
+    for _ in range(12):
         pid = short_rte("--output-dir", "killed", "--resume")
-        time.sleep(startup * random.uniform(0.5, 1.5))
+        epochs = random.integers(4)  # 12 times 3, and a little more each, are fewer than 60
+        for _ in range(epochs):
+            written = wait_for(folder / "checkpoint.pt", written)
+        time.sleep(random.uniform(0, epoch if epochs else startup))
         os.kill(pid, signal.SIGKILL)
-        kills += ended(pid) == -signal.SIGKILL
-        assert not (folder / "results.json").exists(), "too fast to be killed 12 times"
+        assert ended(pid) == -signal.SIGKILL
         if (folder / "checkpoint.pt").exists():
             resumed.add(len(torch.load(folder / "checkpoint.pt")["log"]["history"]))
-    assert len(resumed) > 2, "too slow to go on between the kills"
+    assert len(resumed) > 2
     assert ended(short_rte("--output-dir", "killed", "--resume")) == 0, Path("stderr").read_text()
     assert not (folder / "checkpoint.pt").exists()
-    expected, got = outcome(Path("whole/rte-elalora-r4-s0")), outcome(folder)
-    assert got == expected
+    assert (got := outcome(folder)) == expected
     assert got[0]["adjustments"] and len(set(got[0]["ranks"].values())) > 1
 
 
