@@ -59,7 +59,9 @@ METHODS = ("elalora", "svd", "final", "shuffled", "lora", "adalora")
 RANKS = (2, 4, 10)  # at which b, k and the paper's results are given
 Recipe = namedtuple(
     "Recipe", "batch_size learning_rate epochs warmup stabilize interval b k paper "
-    "alpha gamma beta1 beta2 lambda_rate shape", defaults=(16, 0.1, 0.85, 0.85, 1.0, "cubic"))
+    "alpha gamma beta1 beta2 lambda_rate init_ratio shape",  # AdaLoRA's first rank / its last
+    defaults=(16, 0.1, 0.85, 0.85, 1.0, 1.5, "cubic"))
+SETTINGS = [name for name in Recipe._fields if name not in ("epochs", "paper")]
 RECIPES = {
     "mnli": Recipe(64, 5e-4, 5, 5000, 10000, 500, (1, 2, 4), (1, 1, 2), (89.32, 89.44, 89.51)),
     "sst2": Recipe(64, 8e-4, 20, 3000, 10000, 500, (1, 2, 4), (1, 1, 2), (95.53, 95.64, 95.87)),
@@ -83,14 +85,15 @@ def recipe_of(config: Namespace) -> Recipe:
     for setting in config.set:
         name, _, text = setting.partition("=")
         try:
-            value = {int: int, float: float, str: str}[type(recipe._asdict()[name])](text)
+            value = type({key: getattr(recipe, key) for key in SETTINGS}[name])(text)
             if value not in elalora.SHAPES if name == "shape" else not (
                     0 < value < (1 if name in ("beta1", "beta2") else math.inf)
                     or value == 0 and name in ("warmup", "stabilize", "b", "gamma")):
                 raise ValueError
         except (KeyError, ValueError):
-            raise ValueError(f"--set {setting}: takes NAME=VALUE, numbers above 0, betas below 1, "
-                             f"shape one of {', '.join(elalora.SHAPES)}, as of {recipe}") from None
+            raise ValueError(
+                f"--set {setting}: takes NAME=VALUE, like {recipe}; 0 for phases, b and gamma at "
+                f"least, betas below 1, a shape of {', '.join(elalora.SHAPES)}") from None
         recipe = recipe._replace(**{name: value})
     return recipe
 
@@ -412,7 +415,7 @@ def restore(path: Path, config: Namespace, model: nn.Module, parts: dict) -> dic
 
 
 class Baseline:
-    """PEFT's LoRA, its AdaLoRA from 1.5 times the rank on, or a frozen model's passes alone."""
+    """PEFT's LoRA, its AdaLoRA, or a frozen model's passes alone."""
     def __init__(self, config: Namespace, problem: Problem, recipe: Recipe,
                  schedule: elalora.RankSchedule):
         import peft
@@ -424,7 +427,7 @@ class Baseline:
             problem.model.get_input_embeddings().register_forward_hook(
                 lambda module, inputs, output: output.requires_grad_())
             return
-        r, start = config.rank, max(config.rank + 1, config.rank * 3 // 2)
+        r, start = config.rank, max(config.rank + 1, int(config.rank * recipe.init_ratio))
         settings = peft.LoraConfig(r=r, lora_alpha=recipe.alpha, **names)
         if config.method == "adalora":  # PEFT divides alpha by init_r
             settings = peft.AdaLoraConfig(
@@ -774,8 +777,10 @@ def benchmark(args: Namespace) -> None:
 
 
 # ---- What the user sees ----
-def count_pruned(results: dict) -> tuple[int, int]:
+def count_pruned(results: dict) -> tuple[float, float]:
     """How many ranks the adjustments of a run pruned, and how many of those they had added."""
+    if not results["adjustments"]:
+        return math.nan, math.nan
     pruned, again, initial = 0, 0, dict.fromkeys(results["ranks"], results["rank"])
     for name, indices in ((n, i) for a in results["adjustments"] for n, i in a["pruned"].items()):
         old = sum(i < initial[name] for i in indices)  # added ranks come last
@@ -807,6 +812,10 @@ def describe(results: dict) -> list[str]:
         planted = f"  (planted {MATRICES[matrix]})" if results["task"] == "planted" else ""
         lines.append(f"  {matrix:<25} mean rank {mean:5.2f}{planted}")
     return lines
+
+
+LEGEND = ("Mean ± standard deviation over seeds, after the last epoch; differences between runs of "
+          "the same seed; mean ranks of a kind of matrix; Spearman's correlation of ranks found.")
 
 
 def compare(folder: Path, config: Namespace) -> str:
@@ -849,10 +858,10 @@ def compare(folder: Path, config: Namespace) -> str:
     alike = pandas.DataFrame(moving).corr("spearman").map("{:.2f}".format)
     tables = (table.assign(seeds=groups.size()), pandas.DataFrame(pairs).T, matrices, alike)
     text = "\n\n".join(table.to_markdown(disable_numparse=True) for table in tables if len(table))
-    text = text.replace(" ± nan", "      ")  # of a single seed
+    text = text.replace("nan ± nan", " " * 9).replace(" ± nan", " " * 6)  # of a single seed
     commands = "\n".join(sorted({r["command"] for r in runs.values()}))
     replace(folder / "table.md",
-            lambda path: path.write_text(f"```sh\n{commands}\n```\n\n{text}\n"))
+            lambda path: path.write_text(f"```sh\n{commands}\n```\n\n{LEGEND}\n\n{text}\n"))
     ends = {n: [*r["scores"].values()][-1] for n, r in runs.items() if r["seed"] == rows.seed.min()}
     replace(folder / "scores.png", lambda path: plot_scores(ends, path))
     return text
@@ -875,7 +884,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--targets", nargs="+", default=[""], metavar="NAME",
         help="adapt only matrices whose names end so; default: all of Figure 2")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-        help=f"instead of the recipe's: {' '.join(Recipe._fields)}")
+        help=f"instead of the recipe's: {' '.join(SETTINGS)}")
     add("--holdout", action="store_true",
         help="for choosing settings: a tenth of the training split as dev set")
     add("--dtype", choices=("float32", "bfloat16"), help="of autocast; default: float32")

@@ -1853,7 +1853,7 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
                 metrics=dict(accuracy=mean + random.normal() / 100),
                 adapter_parameters=1234, seconds=90, history=[dict(train_loss=random.random())],
                 ranks=dict(zip(matrices, random.permutation(9).tolist())),
-                rank=4, adjustments=[dict(pruned={matrices[0]: [3]})] * seed,
+                rank=4, adjustments=[dict(pruned={matrices[0]: [3]})] * (seed + 1),
                 scores={"5": [1.0, 0.0], "9": [0.5] if run != "lora-r4" else []},
                 command=f"python reproduce.py --seeds {seed % 2}",
                 arguments=dict(task="mrpc", method=run.split("-")[0], rank=int(run[-1]), seed=seed,
@@ -1871,7 +1871,7 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
     text = reproduce.compare(tmp_path, config)
     page = (tmp_path / "table.md").read_text()
     commands = "".join(f"python reproduce.py --seeds {i}\n" for i in (0, 1))
-    assert page == f"```sh\n{commands}```\n\n{text}\n"
+    assert page == f"```sh\n{commands}```\n\n{reproduce.LEGEND}\n\n{text}\n"
     assert drawn == [{f"{run}-s0": runs[run, 0]["scores"]["9"] for run, _ in runs}]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     start = rows.index(["mean ranks", *"abc"])
@@ -1887,7 +1887,7 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
     losses = [runs["lora-r4", i]["history"][-1]["train_loss"] for i in range(6)]
     for cell, values in zip(table["lora-r4"], (accuracy("lora-r4"), losses)):
         assert cell == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
-    pruned, again = np.arange(6), np.maximum(np.arange(6) - 1, 0)  # first, the initial fourth rank
+    pruned, again = np.arange(1, 7), np.arange(6)  # at first an initial rank
     pruned, again = (f"{x.mean():.4f} ± {x.std(ddof=1):.4f}" for x in (pruned, again))
     assert table["lora-r4"][2:] == ["1,234 ± 0", "1.5000 ± 0.0000", pruned, again, "6"]
     difference = accuracy("elalora-r4") - accuracy("lora-r4")
@@ -1931,6 +1931,7 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
         (["--benchmark", "--model", "./nowhere"], "nowhere is no folder with a config.json"),
         (["--targets", "dense", "bias"], "--targets bias: none of .*output.dense ends so"),
         (["--set", "b=1", "--set", "k=two"], "--set k=two: takes NAME=VALUE, .* b=1, "),
+        (["--set", "epochs=2"], "--set epochs=2: takes NAME=VALUE, like Recipe"),
         (["--output-dir", "/dev/null/runs"], "--output-dir: cannot write in /dev/null: Not a dir"),
         (["--output-dir", "/proc/runs"], "--output-dir: cannot write in /proc"),
     ],
@@ -2222,9 +2223,9 @@ def test_the_adapters_of_other_methods_load_in_peft(tiny, tmp_path, monkeypatch)
 # ---- The benchmark ----
 
 
-def prepared(method, tiny, total=20):
+def prepared(method, tiny, total=20, **settings):
     """A method about to train for some steps, of which the last two keep the ranks."""
-    recipe = reproduce.Recipe(8, 1e-2, 1, 2, 2, 4, 4, 1, None)
+    recipe = reproduce.Recipe(8, 1e-2, 1, 2, 2, 4, 4, 1, None, **settings)
     config = rte_config(tiny, method=method)
     torch.manual_seed(0)
     problem = reproduce.random_tokens(config, recipe)
@@ -2273,11 +2274,12 @@ def test_adaloras_penalty_is_pefts(tiny):
     assert problem.loss(model, batch).item() + penalty == pytest.approx(whole)
 
 
-def test_adalora_ends_at_the_rank_of_the_others(tiny):
-    """It starts at 1.5 times the rank; after its search as many ranks are left as elsewhere."""
-    problem, parts = prepared("adalora", tiny)
+@pytest.mark.parametrize("ratio, start", [(1.5, 3), (3.0, 6)])
+def test_adalora_ends_at_the_rank_of_the_others(tiny, ratio, start):
+    """It starts at a multiple of the rank; after its search as many are left as elsewhere."""
+    problem, parts = prepared("adalora", tiny, init_ratio=ratio)
     E = [w for name, w in problem.model.named_parameters() if "lora_E" in name]
-    assert sum(w.numel() for w in E) == 12 * 3
+    assert sum(w.numel() for w in E) == 12 * start
     for step, batch in zip(range(20), problem.batches(1)):
         reproduce.timed_step(problem, batch, **parts)
     assert sum(w.count_nonzero() for w in E) == 12 * 2
