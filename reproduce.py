@@ -666,13 +666,14 @@ def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
 
 
 def plot_scores(scores: dict[str, list[float]], path: Path) -> None:
-    """How the importance scores of all ranks are distributed, as Figure 5; 0 is drawn as 1e-20."""
+    """How the importance scores of all ranks are distributed (Figure 5), cumulatively."""
     axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
-    drawn = {label: np.log10(np.maximum(S, 1e-20)) for label, S in scores.items() if S}
-    if drawn:  # LoRA has none
-        axis.hist([*drawn.values()], bins=40, histtype="step", label=[*drawn])
+    for label, S in scores.items():
+        if S:  # LoRA has none
+            axis.ecdf(np.log10(np.maximum(S, 1e-20)), label=label)
+    if axis.lines:
         figure.legend(loc="outside upper center")
-    axis.set(xlabel="log10 of the importance score S", ylabel="ranks")
+    axis.set(xlabel="log10 of the importance score S (of 0: -20)", ylabel="share of the ranks")
     figure.savefig(path, dpi=110)
 
 
