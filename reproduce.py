@@ -667,7 +667,8 @@ def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
 
 def plot_scores(scores: dict[str, list[float]], path: Path) -> None:
     """How the importance scores of all ranks are distributed (Figure 5), cumulatively."""
-    axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
+    size = (6, 3.2 + 0.25 * len(scores))  # the legend has a line for each
+    axis = (figure := Figure(figsize=size, layout="constrained")).subplots()
     for label, S in scores.items():
         if S:  # LoRA has none
             axis.ecdf(np.log10(np.maximum(S, 1e-20)), label=label)
