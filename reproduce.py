@@ -84,13 +84,19 @@ def recipe_of(config: Namespace) -> Recipe:
     recipe = table._replace(epochs=epochs, b=table.b[column], k=table.k[column], **phases)
     for setting in config.set:
         name, _, text = setting.partition("=")
+        limit = 1 if name in ("beta1", "beta2") else math.inf
         try:
-            value = type({key: getattr(recipe, key) for key in SETTINGS}[name])(text)
-            if value not in elalora.SHAPES if name == "shape" else not (
-                    0 < value < (1 if name in ("beta1", "beta2") else math.inf)
-                    or value == 0 and name in ("warmup", "stabilize", "b", "gamma")):
+            if name not in SETTINGS:
                 raise ValueError
-        except (KeyError, ValueError):
+            value = type(getattr(recipe, name))(text)
+            if name == "shape":
+                allowed = value in elalora.SHAPES
+            else:
+                zero = value == 0 and name in ("warmup", "stabilize", "b", "gamma")
+                allowed = zero or 0 < value < limit
+            if not allowed:
+                raise ValueError
+        except ValueError:
             raise ValueError(
                 f"--set {setting}: takes NAME=VALUE, like {recipe}; 0 for phases, b and gamma at "
                 f"least, betas below 1, a shape of {', '.join(elalora.SHAPES)}") from None
@@ -801,8 +807,9 @@ def describe(results: dict) -> list[str]:
         .format(**results),
         f"  {len(ranks)} matrices, total rank {sum(sizes)}, {sizes[0]} to {sizes[-1]} each"]
     if results["adjustments"]:
-        lines[-1] += (f" after {len(results['adjustments'])} adjustments; of {{}} ranks pruned, "
-                      "{} had been added by them").format(*count_pruned(results))
+        pruned, again = count_pruned(results)
+        lines[-1] += (f" after {len(results['adjustments'])} adjustments; of {pruned} ranks "
+                      f"pruned, {again} had been added by them")
     for metric, value in results["metrics"].items():
         majority = f"  (majority class {baseline[metric]:.4f})" if baseline else ""
         lines.append(f"  {metric:<15} {value:.4f}{majority}")
@@ -829,15 +836,16 @@ def compare(folder: Path, config: Namespace) -> str:
         results = json.loads(path.read_text())
         had = results["arguments"]
         if all(had.get(name) == x for name, x in vars(config).items() if name not in varied):
-            runs[f"{label(Namespace(**had))}-s{had['seed']}"] = results
+            runs[label(Namespace(**had)), had["seed"]] = results
     if len(runs) < 2:
         return ""
     import scipy.stats
     rows = pandas.DataFrame(
-        dict(run=label(Namespace(**r["arguments"])), seed=r["seed"]) | r["metrics"] | dict(
+        dict(run=name, seed=seed) | r["metrics"] | dict(
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
             minutes=r["seconds"] / 60) | dict(zip(("pruned", "of_those_added"), count_pruned(r)))
-        for r in runs.values())
+        for (name, seed), r in runs.items())
+    runs = {f"{name}-s{seed}": r for (name, seed), r in runs.items()}
     matrices = [grid(r["ranks"]).mean(axis="columns").to_dict() for r in runs.values()]
     matrices = pandas.DataFrame(matrices).groupby(rows["run"].rename("mean ranks"), sort=False)
     groups = rows.drop(columns="seed").groupby("run", sort=False)
