@@ -2609,8 +2609,8 @@ def readme_blocks():
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     """Its loop, and what saves and loads, with a model and data in place of the reader's."""
-    assert len(readme_blocks()) == 4
-    blocks = readme_blocks()[:2]
+    assert len(readme_blocks()) == 5
+    blocks = readme_blocks()[:3]
 
     class Classifier(Net):
         def forward(self, x):
@@ -2621,12 +2621,16 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     batches = [{"x": torch.randn(4, 6)} for _ in range(1740)]
     names = {
         "load_base_model": Classifier,
-        "model": Classifier(),
+        "model": (injected := Classifier()),
         "loader": batches,
         "torch": torch,
     }
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
+    rates = {w: group["lr"] for group in names["optimizer"].param_groups for w in group["params"]}
+    adapted = [layer for layer in injected.modules() if isinstance(layer, SVDLinear)]
+    expected = {w: 5e-4 for w in trainable(injected)} | {layer.Lambda: 5e-3 for layer in adapted}
+    assert rates == expected
     assert not any(isinstance(module, SVDLinear) for module in names["model"].modules())
     assert names["model"](torch.randn(4, 6)).loss.isfinite()
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
@@ -2662,7 +2666,7 @@ def test_the_trainer_of_the_readme_trains_like_algorithm_1_and_resumes(kind, tmp
         )  # fmt: skip
         names = dict(injected=model, arguments=arguments, dataset=rows)
         resumed = "trainer.train(resume_from_checkpoint=True)" if kwargs else "trainer.train()"
-        code = readme_blocks()[2].replace("trainer.train()", resumed)
+        code = readme_blocks()[3].replace("trainer.train()", resumed)
         exec(compile(code, "README.md", "exec"), names)
         return names["trainer"]
 
@@ -2721,7 +2725,7 @@ def train(wrap, process, processes):
     names = dict(model=model, optimizer=optimizer, allocator=allocator,
                  orthogonality_penalty=orthogonality_penalty, DistributedDataParallel=wrap,
                  loader=[dict(x=x[process::processes]) for x in batches])
-    exec(readme_blocks()[3], names)
+    exec(readme_blocks()[4], names)
     assert allocator.t == 24
     return adapter_state_dict(model)
 
