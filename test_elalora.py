@@ -2487,6 +2487,7 @@ def short_rte(tiny, tmp_path, monkeypatch):
             return pid
         code = 1
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
             sys.stdout = sys.stderr = open("stderr", "w", buffering=1)
             torch.set_num_threads(1)
             reproduce.load_examples.cache_clear()
