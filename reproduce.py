@@ -675,9 +675,9 @@ def plot_scores(scores: dict[str, list[float]], path: Path) -> None:
     """How the importance scores of all ranks are distributed (Figure 5), cumulatively."""
     size = (6, 3.2 + 0.25 * len(scores))  # the legend has a line for each
     axis = (figure := Figure(figsize=size, layout="constrained")).subplots()
-    for label, S in scores.items():
+    for name, S in scores.items():
         if S:  # LoRA has none
-            axis.ecdf(np.log10(np.maximum(S, 1e-20)), label=label)
+            axis.ecdf(np.log10(np.maximum(S, 1e-20)), label=name)
     if axis.lines:
         figure.legend(loc="outside upper center")
     axis.set(xlabel="log10 of the importance score S (of 0: -20)", ylabel="share of the ranks")
@@ -827,6 +827,24 @@ LEGEND = ("Mean ± standard deviation over seeds, after the last epoch; differen
           "the same seed; mean ranks of a kind of matrix; Spearman's correlation of ranks found.")
 
 
+def paired(rows: pandas.DataFrame, metric: str) -> pandas.DataFrame:
+    """Differences of every two runs by seed, with Student's interval from five seeds on."""
+    import scipy.stats
+    pairs, by_seed = {}, rows.pivot(index="seed", columns="run", values=metric)
+    for a, b in itertools.combinations(rows["run"].unique(), 2):
+        difference, interval, verdict = (by_seed[a] - by_seed[b]).dropna(), "", ""
+        if len(difference) < 2:
+            continue
+        if len(difference) >= 5:
+            low, high = scipy.stats.ttest_1samp(difference, 0).confidence_interval(0.95)
+            interval = f"{low:+.4f} to {high:+.4f}"
+            verdict = "higher" if low > 0 else "lower" if high < 0 else ""
+        pairs[f"{a} − {b}"] = {
+            metric: f"{difference.mean():+.4f} ± {difference.std():.4f}", "95% interval": interval,
+            "the first is": verdict or f"undecided at {len(difference)} seeds"}
+    return pandas.DataFrame(pairs).T
+
+
 def compare(folder: Path, config: Namespace) -> str:
     """Writes table.md and scores.png (Figure 5) of all runs like this one, but for what label()
     has and the seed: mean ± standard deviation over the seeds after the last epoch, differences
@@ -839,7 +857,6 @@ def compare(folder: Path, config: Namespace) -> str:
             runs[label(Namespace(**had)), had["seed"]] = results
     if len(runs) < 2:
         return ""
-    import scipy.stats
     rows = pandas.DataFrame(
         dict(run=name, seed=seed) | r["metrics"] | dict(
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
@@ -851,22 +868,9 @@ def compare(folder: Path, config: Namespace) -> str:
     groups = rows.drop(columns="seed").groupby("run", sort=False)
     table, matrices = (parts.agg(lambda x: "{:,.{n}f} ± {:,.{n}f}".format(
         x.mean(), x.std(), n=4 if x.max() < 100 else 0)) for parts in (groups, matrices))
-    metric, pairs = rows.columns[2], {}
-    by_seed = rows.pivot(index="seed", columns="run", values=metric)
-    for a, b in itertools.combinations(table.index, 2):
-        difference, interval, verdict = (by_seed[a] - by_seed[b]).dropna(), "", ""
-        if len(difference) < 2:
-            continue
-        if len(difference) >= 5:
-            low, high = scipy.stats.ttest_1samp(difference, 0).confidence_interval(0.95)
-            interval = f"{low:+.4f} to {high:+.4f}"
-            verdict = "higher" if low > 0 else "lower" if high < 0 else ""
-        pairs[f"{a} − {b}"] = {
-            metric: f"{difference.mean():+.4f} ± {difference.std():.4f}", "95% interval": interval,
-            "the first is": verdict or f"undecided at {len(difference)} seeds"}
     moving = {n: r["ranks"] for n, r in runs.items() if r["method"] in ("elalora", "adalora")}
     alike = pandas.DataFrame(moving).corr("spearman").map("{:.2f}".format)
-    tables = (table.assign(seeds=groups.size()), pandas.DataFrame(pairs).T, matrices, alike)
+    tables = (table.assign(seeds=groups.size()), paired(rows, rows.columns[2]), matrices, alike)
     text = "\n\n".join(table.to_markdown(disable_numparse=True) for table in tables if len(table))
     text = text.replace("nan ± nan", " " * 9).replace(" ± nan", " " * 6)  # of a single seed
     commands = "\n".join(sorted({r["command"] for r in runs.values()}))
