@@ -187,14 +187,14 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
     for order, (name, S) in enumerate(scores.items()):
         ascending = sorted((S[i], order, i, name) for i in range(len(S)))
         candidates += ascending[:k]  # step 1: the k least important ranks of each matrix
-        prunable += ascending[: min(k, len(S) - 1)]
+        prunable += ascending[: min(k, len(S) - 1)]  # the last may not go, but speaks for growth
     candidates, prunable = sorted(candidates), sorted(prunable)  # step 2: across all matrices
-    for n in range(min(b, len(prunable)), 0, -1):
+    for n in range(min(b, len(prunable)), 0, -1):  # fewer, if not so many can be added
         pruned: dict[str, list[int]] = {}
         for _, _, i, name in prunable[:n]:  # step 3: prune the n least important
             pruned[name] = sorted([*pruned.get(name, []), i])
         expanded: dict[str, int] = {}
-        for _, _, i, name in reversed(candidates):  # step 4: expand where the retained matter most
+        for _, _, i, name in reversed(candidates):  # step 4: the most important retained
             rank = len(scores[name]) - len(pruned.get(name, [])) + expanded.get(name, 0)
             if i not in pruned.get(name, []) and rank < max_ranks[name]:
                 expanded[name] = expanded.get(name, 0) + 1
@@ -217,8 +217,8 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     """Keeps the given ranks of a layer, in that order, and appends n_new of singular value 0.
 
     Parameters stay the same objects. What states (as optimizer.state) hold for them moves along to
-    the bit, 0 for new ranks: Adam's first updates of those are up to 6.6 times as long. Raises
-    ValueError, before any change, if a state is neither a scalar nor of its parameter's shape.
+    the bit, 0 for new ranks: with the old step count, Adam's updates of those start up to 6.6 times
+    as long. ValueError, before any change, if a state is no scalar nor of its parameter's shape.
     """
     factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
     held = [(w, state[w], key) for w in factors for state in states

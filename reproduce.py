@@ -59,8 +59,11 @@ METHODS = ("elalora", "svd", "final", "shuffled", "lora", "adalora")
 RANKS = (2, 4, 10)  # at which b, k and the paper's results are given
 Recipe = namedtuple(
     "Recipe", "batch_size learning_rate epochs warmup stabilize interval b k paper "
-    "alpha gamma beta1 beta2 lambda_rate init_ratio shape",  # AdaLoRA's first rank / its last
-    defaults=(16, 0.1, 0.85, 0.85, 1.0, 1.5, "cubic"))
+    "alpha gamma beta1 beta2 lambda_rate init_ratio shape",
+    defaults=(16, 0.1, 0.85, 0.85,  # gamma: the weight of the penalty
+              1.0,  # the learning rate of singular values / that of the rest
+              1.5,  # AdaLoRA's first rank / its last
+              "cubic"))
 SETTINGS = [name for name in Recipe._fields if name not in ("epochs", "paper")]
 RECIPES = {
     "mnli": Recipe(64, 5e-4, 5, 5000, 10000, 500, (1, 2, 4), (1, 1, 2), (89.32, 89.44, 89.51)),
@@ -817,6 +820,8 @@ def describe(results: dict) -> list[str]:
     as_paper = results["arguments"] | paper == results["arguments"]
     if as_paper and results["recipe"]["epochs"] == table.epochs and results["rank"] in RANKS:
         lines.append(f"  Table 2 has     {table.paper[RANKS.index(results['rank'])] / 100:.4f}")
+    if "gap_closed" in results["metrics"]:
+        lines.append("  (the gap between those two; best_possible has a rank in each matrix too)")
     for matrix, mean in grid(ranks).mean(axis="columns").items():
         planted = f"  (planted {MATRICES[matrix]})" if results["task"] == "planted" else ""
         lines.append(f"  {matrix:<25} mean rank {mean:5.2f}{planted}")
@@ -870,7 +875,8 @@ def compare(folder: Path, config: Namespace) -> str:
         x.mean(), x.std(), n=4 if x.max() < 100 else 0)) for parts in (groups, matrices))
     moving = {n: r["ranks"] for n, r in runs.items() if r["method"] in ("elalora", "adalora")}
     alike = pandas.DataFrame(moving).corr("spearman").map("{:.2f}".format)
-    tables = (table.assign(seeds=groups.size()), paired(rows, rows.columns[2]), matrices, alike)
+    metric = next(iter(next(iter(runs.values()))["metrics"]))
+    tables = (table.assign(seeds=groups.size()), paired(rows, metric), matrices, alike)
     text = "\n\n".join(table.to_markdown(disable_numparse=True) for table in tables if len(table))
     text = text.replace("nan ± nan", " " * 9).replace(" ± nan", " " * 6)  # of a single seed
     commands = "\n".join(sorted({r["command"] for r in runs.values()}))
