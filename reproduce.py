@@ -821,7 +821,7 @@ def describe(results: dict) -> list[str]:
     if as_paper and results["recipe"]["epochs"] == table.epochs and results["rank"] in RANKS:
         lines.append(f"  Table 2 has     {table.paper[RANKS.index(results['rank'])] / 100:.4f}")
     if "gap_closed" in results["metrics"]:
-        lines.append("  (the gap between those two; best_possible has a rank in each matrix too)")
+        lines.append("  (of the gap between those two; best_possible gives every matrix a rank)")
     for matrix, mean in grid(ranks).mean(axis="columns").items():
         planted = f"  (planted {MATRICES[matrix]})" if results["task"] == "planted" else ""
         lines.append(f"  {matrix:<25} mean rank {mean:5.2f}{planted}")
