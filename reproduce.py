@@ -87,7 +87,6 @@ def recipe_of(config: Namespace) -> Recipe:
     recipe = table._replace(epochs=epochs, b=table.b[column], k=table.k[column], **phases)
     for setting in config.set:
         name, _, text = setting.partition("=")
-        limit = 1 if name in ("beta1", "beta2") else math.inf
         try:
             if name not in SETTINGS:
                 raise ValueError
@@ -96,7 +95,7 @@ def recipe_of(config: Namespace) -> Recipe:
                 allowed = value in elalora.SHAPES
             else:
                 zero = value == 0 and name in ("warmup", "stabilize", "b", "gamma")
-                allowed = zero or 0 < value < limit
+                allowed = zero or 0 < value < (1 if name in ("beta1", "beta2") else math.inf)
             if not allowed:
                 raise ValueError
         except ValueError:
@@ -875,7 +874,7 @@ def compare(folder: Path, config: Namespace) -> str:
         x.mean(), x.std(), n=4 if x.max() < 100 else 0)) for parts in (groups, matrices))
     moving = {n: r["ranks"] for n, r in runs.items() if r["method"] in ("elalora", "adalora")}
     alike = pandas.DataFrame(moving).corr("spearman").map("{:.2f}".format)
-    metric = next(iter(next(iter(runs.values()))["metrics"]))
+    metric, *_ = next(iter(runs.values()))["metrics"]
     tables = (table.assign(seeds=groups.size()), paired(rows, metric), matrices, alike)
     text = "\n\n".join(table.to_markdown(disable_numparse=True) for table in tables if len(table))
     text = text.replace("nan ± nan", " " * 9).replace(" ± nan", " " * 6)  # of a single seed

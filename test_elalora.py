@@ -2608,6 +2608,12 @@ def readme_blocks():
     return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
 
+def readme_block(text):
+    """The only block in which the text occurs."""
+    (block,) = (block for block in readme_blocks() if text in block)
+    return block
+
+
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     """Its loop, and what saves and loads, with a model and data in place of the reader's."""
     assert len(readme_blocks()) == 5
@@ -2667,7 +2673,7 @@ def test_the_trainer_of_the_readme_trains_like_algorithm_1_and_resumes(kind, tmp
         )  # fmt: skip
         names = dict(injected=model, arguments=arguments, dataset=rows)
         resumed = "trainer.train(resume_from_checkpoint=True)" if kwargs else "trainer.train()"
-        code = readme_blocks()[3].replace("trainer.train()", resumed)
+        code = readme_block("class ElaLoRATrainer").replace("trainer.train()", resumed)
         exec(compile(code, "README.md", "exec"), names)
         return names["trainer"]
 
@@ -2710,7 +2716,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from test_elalora import ADAPTED, Net, readme_blocks, training
+from test_elalora import ADAPTED, Net, readme_block, training
 from elalora import RankSchedule, adapter_state_dict, inject, orthogonality_penalty
 
 class Classifier(Net):
@@ -2726,7 +2732,7 @@ def train(wrap, process, processes):
     names = dict(model=model, optimizer=optimizer, allocator=allocator,
                  orthogonality_penalty=orthogonality_penalty, DistributedDataParallel=wrap,
                  loader=[dict(x=x[process::processes]) for x in batches])
-    exec(readme_blocks()[4], names)
+    exec(readme_block("DistributedDataParallel("), names)
     assert allocator.t == 24
     return adapter_state_dict(model)
 
