@@ -59,11 +59,14 @@ METHODS = ("elalora", "svd", "final", "shuffled", "lora", "adalora")
 RANKS = (2, 4, 10)  # at which b, k and the paper's results are given
 Recipe = namedtuple(
     "Recipe", "batch_size learning_rate epochs warmup stabilize interval b k paper "
-    "alpha gamma beta1 beta2 lambda_rate init_ratio shape",
+    "alpha gamma beta1 beta2 lambda_rate init_ratio shape lr_scheduler moments",
     defaults=(16, 0.1, 0.85, 0.85,  # gamma: the weight of the penalty
               1.0,  # the learning rate of singular values / that of the rest
               1.5,  # AdaLoRA's first rank / its last
-              "cubic"))
+              "cubic", "linear",
+              "kept"))  # Adam's, at an adjustment
+WORDS = dict(shape=(*elalora.SHAPES,), lr_scheduler=("linear", "cosine", "constant_with_warmup"),
+             moments=("kept", "dropped", "mean"))
 SETTINGS = [name for name in Recipe._fields if name not in ("epochs", "paper")]
 RECIPES = {
     "mnli": Recipe(64, 5e-4, 5, 5000, 10000, 500, (1, 2, 4), (1, 1, 2), (89.32, 89.44, 89.51)),
@@ -91,8 +94,8 @@ def recipe_of(config: Namespace) -> Recipe:
             if name not in SETTINGS:
                 raise ValueError
             value = type(getattr(recipe, name))(text)
-            if name == "shape":
-                allowed = value in elalora.SHAPES
+            if name in WORDS:
+                allowed = value in WORDS[name]
             else:
                 zero = value == 0 and name in ("warmup", "stabilize", "b", "gamma")
                 allowed = zero or 0 < value < (1 if name in ("beta1", "beta2") else math.inf)
@@ -101,7 +104,7 @@ def recipe_of(config: Namespace) -> Recipe:
         except ValueError:
             raise ValueError(
                 f"--set {setting}: takes NAME=VALUE, like {recipe}; 0 for phases, b and gamma at "
-                f"least, betas below 1, a shape of {', '.join(elalora.SHAPES)}") from None
+                f"least, betas below 1; of words {WORDS}") from None
         recipe = recipe._replace(**{name: value})
     return recipe
 
@@ -515,11 +518,26 @@ def prepare(problem: Problem, config: Namespace, recipe: Recipe, ranks: dict | N
     optimizer = torch.optim.AdamW(
         [dict(params=group, lr=times * recipe.learning_rate) for times, group in groups.items()],
         weight_decay=0.0, foreach=True)
-    rate = transformers.get_linear_schedule_with_warmup(optimizer, total // 10, total)
+    rate = transformers.get_scheduler(recipe.lr_scheduler, optimizer, total // 10, total)
     if not baseline:
         allocator = elalora.RankAllocator(problem.model, optimizer, schedule, recipe.k,
                                           recipe.beta1, recipe.beta2, config.seed)
     return dict(optimizer=optimizer, rate=rate, allocator=allocator)
+
+
+@torch.no_grad()
+def replace_moments(optimizer: torch.optim.Optimizer, layers: dict[str, nn.Module],
+                    adjustment: elalora.Adjustment, how: str) -> None:
+    """What others do with Adam's state: as the released code, drop all of it at an adjustment;
+    or start a new rank's second moments at their matrix's mean, for no longer first steps."""
+    if how == "dropped":
+        optimizer.state.clear()
+    elif how == "mean":
+        for name, n in adjustment.expanded.items():  # new ranks come last
+            for factor, dim in elalora.RANK_DIM.items():
+                squares = optimizer.state[getattr(layers[name], factor)]["exp_avg_sq"]
+                old, new = squares.split([squares.shape[dim] - n, n], dim)
+                new.copy_(old.mean(dim, keepdim=True))
 
 
 def train_step(problem: Problem, batch: object, optimizer: torch.optim.Optimizer, rate,
@@ -570,6 +588,8 @@ def train(problem: Problem, config: Namespace, recipe: Recipe, ranks: dict | Non
                         f"loss {value} at step {allocator.t}: try float32 or another seed")
                 if adjustment:
                     check_alike(problem.model)
+                    replace_moments(
+                        parts["optimizer"], allocator.layers, adjustment, recipe.moments)
                     log["adjustments"].append(asdict(adjustment))
                 if allocator.t in (schedule.warmup_steps, schedule.search_end):
                     scores = itertools.chain(*allocator.importance().values())

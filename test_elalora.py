@@ -1451,7 +1451,9 @@ def test_set_replaces_a_field_and_keeps_its_type():
     expected = recipe_of()._replace(learning_rate=2e-3, b=0, shape="linear", beta1=0.9)
     assert recipe == expected and type(recipe.b) is int
     assert recipe_of(gamma=0).gamma == 0
-    wrong = dict(ranks=3, b=0.5, gamma="much", paper=1, count=1, _fields=1, k=0, shape="cube")
+    wrong = dict(
+        ranks=3, b=0.5, gamma="much", paper=1, count=1, _fields=1, k=0, shape="cube", moments=0
+    )
     for name, value in [*wrong.items(), ("alpha", -1), ("beta1", 1), ("gamma", "nan")]:
         with pytest.raises(ValueError, match=f"--set {name}={value}: takes NAME=VALUE, .* gamma="):
             recipe_of(**{name: value})
@@ -2134,6 +2136,61 @@ def test_lambda_rate_multiplies_the_rate_of_singular_values_alone(method, monkey
     for name, w in trained.items():
         change = (w - before[name]).abs().max().item()
         assert change == pytest.approx((7 if name in singular else 1) * 2e-2, rel=1e-3)
+
+
+@pytest.mark.parametrize("moments", reproduce.WORDS["moments"])
+def test_moments_of_new_ranks_are_zero_or_their_matrix_mean_or_all_are_dropped(
+    moments, monkeypatch, tmp_path
+):
+    """After an adjustment, as --set moments asks."""
+    problem, *rest = small_planted("elalora", monkeypatch, moments=moments)
+    prepare, batches, parts, found = reproduce.prepare, problem.batches, {}, []
+
+    def watched(epoch):
+        for batch in batches(epoch):
+            yield batch
+            if parts["allocator"].t != 8:  # the first adjustment's step
+                continue
+            planted = [
+                n for n, rank in reproduce.PLANTED.items() if rank
+            ]  # others have no gradient
+            for layer in map(parts["allocator"].layers.get, planted):
+                new = layer.Lambda == 0
+                for w, dim in ((layer.P, 1), (layer.Lambda, 0), (layer.Q, 0)):
+                    state = copy.deepcopy(parts["optimizer"].state.get(w))
+                    found.append((state, new.tolist(), dim))
+
+    monkeypatch.setattr(reproduce, "prepare", lambda *a: parts.update(prepare(*a)) or parts)
+    problem.batches = watched
+    reproduce.train(problem, *rest, None, tmp_path / "checkpoint.pt")
+    assert len(found) == 30 and sum(sum(new) for _, new, _ in found) == 9  # of 3 ranks
+    for state, new, dim in found:
+        if moments == "dropped":
+            assert not state
+            continue
+        first, second = (
+            np.moveaxis(array(state[key]), dim, 0) for key in ("exp_avg", "exp_avg_sq")
+        )
+        kept = ~np.array(new)
+        assert (first[new] == 0).all() and (first[kept] != 0).any() and (second[kept] > 0).any()
+        expected = second[kept].mean(axis=0) if moments == "mean" else 0 * second[0]
+        expected = np.broadcast_to(expected, second[new].shape)
+        np.testing.assert_allclose(second[new], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", reproduce.WORDS["lr_scheduler"])
+def test_learning_rate_rises_for_a_tenth_and_then_as_named(name, monkeypatch):
+    """After that it falls to 0, in a line or a half cosine, or it stays."""
+    problem, config, recipe = small_planted("elalora", monkeypatch, lr_scheduler=name)
+    parts, rates = reproduce.prepare(problem, config, recipe), []
+    for _ in range(40):
+        rates.append(parts["rate"].get_last_lr()[0] / recipe.learning_rate)
+        parts["optimizer"].step()
+        parts["rate"].step()
+    progress = np.arange(36) / 36
+    falls = dict(linear=1 - progress, cosine=(1 + np.cos(np.pi * progress)) / 2)
+    expected = [*np.arange(4) / 4, *falls.get(name, np.ones(36))]
+    np.testing.assert_allclose(rates, expected, atol=1e-12)
 
 
 def test_adaloras_scores_are_equation_2s_of_the_ranks_it_kept(monkeypatch, tmp_path):
