@@ -848,7 +848,7 @@ def describe(results: dict) -> list[str]:
 
 
 LEGEND = ("Mean ± standard deviation over seeds, after the last epoch; differences between runs of "
-          "the same seed; mean ranks of a kind of matrix; Spearman's correlation of ranks found.")
+          "the same seed; mean ranks of a kind of matrix; Spearman's correlations of ranks found.")
 
 
 def paired(rows: pandas.DataFrame, metric: str) -> pandas.DataFrame:
@@ -869,6 +869,16 @@ def paired(rows: pandas.DataFrame, metric: str) -> pandas.DataFrame:
     return pandas.DataFrame(pairs).T
 
 
+def rank_correlations(ranks: dict[tuple[str, int], dict[str, int]]) -> pandas.DataFrame:
+    """Spearman's, from the least to the greatest of all pairs of two settings' (name, seed)."""
+    if len(ranks) < 2:
+        return pandas.DataFrame()
+    pairs = pandas.DataFrame(ranks).corr("spearman").rename_axis(["rank correlations", "seed"])
+    others = pairs.mask(np.eye(len(pairs), dtype=bool)).stack([0, 1]).dropna()
+    return others.groupby(level=[0, 2]).agg(
+        lambda x: f"{x.min():.2f} to {x.max():.2f}").unstack(fill_value="")
+
+
 def compare(folder: Path, config: Namespace) -> str:
     """Writes table.md and scores.png (Figure 5) of all runs like this one, but for what label()
     has and the seed: mean ± standard deviation over the seeds after the last epoch, differences
@@ -886,14 +896,14 @@ def compare(folder: Path, config: Namespace) -> str:
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
             minutes=r["seconds"] / 60) | dict(zip(("pruned", "of_those_added"), count_pruned(r)))
         for (name, seed), r in runs.items())
+    alike = rank_correlations(
+        {key: r["ranks"] for key, r in runs.items() if r["method"] in ("elalora", "adalora")})
     runs = {f"{name}-s{seed}": r for (name, seed), r in runs.items()}
     matrices = [grid(r["ranks"]).mean(axis="columns").to_dict() for r in runs.values()]
     matrices = pandas.DataFrame(matrices).groupby(rows["run"].rename("mean ranks"), sort=False)
     groups = rows.drop(columns="seed").groupby("run", sort=False)
     table, matrices = (parts.agg(lambda x: "{:,.{n}f} ± {:,.{n}f}".format(
         x.mean(), x.std(), n=4 if x.max() < 100 else 0)) for parts in (groups, matrices))
-    moving = {n: r["ranks"] for n, r in runs.items() if r["method"] in ("elalora", "adalora")}
-    alike = pandas.DataFrame(moving).corr("spearman").map("{:.2f}".format)
     metric, *_ = next(iter(runs.values()))["metrics"]
     tables = (table.assign(seeds=groups.size()), paired(rows, metric), matrices, alike)
     text = "\n\n".join(table.to_markdown(disable_numparse=True) for table in tables if len(table))
