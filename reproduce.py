@@ -104,7 +104,7 @@ def recipe_of(config: Namespace) -> Recipe:
         except ValueError:
             raise ValueError(
                 f"--set {setting}: takes NAME=VALUE, like {recipe}; 0 for phases, b and gamma at "
-                f"least, betas below 1; of words {WORDS}") from None
+                f"least, betas below 1; words: {WORDS}") from None
         recipe = recipe._replace(**{name: value})
     return recipe
 
@@ -528,8 +528,8 @@ def prepare(problem: Problem, config: Namespace, recipe: Recipe, ranks: dict | N
 @torch.no_grad()
 def replace_moments(optimizer: torch.optim.Optimizer, layers: dict[str, nn.Module],
                     adjustment: elalora.Adjustment, how: str) -> None:
-    """What others do with Adam's state: as the released code, drop all of it at an adjustment;
-    or start a new rank's second moments at their matrix's mean, for no longer first steps."""
+    """What could be done instead with Adam's state: drop all of it, as the released code does, or
+    start a new rank at the mean second moments of its matrix, for first steps of usual length."""
     if how == "dropped":
         optimizer.state.clear()
     elif how == "mean":
