@@ -60,7 +60,7 @@ RANKS = (2, 4, 10)  # at which b, k and the paper's results are given
 Recipe = namedtuple(
     "Recipe", "batch_size learning_rate epochs warmup stabilize interval b k paper "
     "alpha gamma beta1 beta2 lambda_rate init_ratio shape lr_scheduler moments",
-    defaults=(16, 0.1, 0.85, 0.85,  # gamma: the weight of the penalty
+    defaults=(16.0, 0.1, 0.85, 0.85,  # gamma: the weight of the penalty
               1.0,  # the learning rate of singular values / that of the rest
               1.5,  # AdaLoRA's first rank / its last
               "cubic", "linear",
@@ -529,7 +529,7 @@ def prepare(problem: Problem, config: Namespace, recipe: Recipe, ranks: dict | N
 def replace_moments(optimizer: torch.optim.Optimizer, layers: dict[str, nn.Module],
                     adjustment: elalora.Adjustment, how: str) -> None:
     """What could be done instead with Adam's state: drop all of it, as the released code does, or
-    start a new rank at the mean second moments of its matrix, for first steps of usual length."""
+    start a new rank at the mean second moments of its matrix."""
     if how == "dropped":
         optimizer.state.clear()
     elif how == "mean":
@@ -848,7 +848,8 @@ def describe(results: dict) -> list[str]:
 
 
 LEGEND = ("Mean ± standard deviation over seeds, after the last epoch; differences between runs of "
-          "the same seed; mean ranks of a kind of matrix; Spearman's correlations of ranks found.")
+          "the same seed; mean ranks of a kind of matrix; Spearman's correlations of the ranks that "
+          "any two runs found: mean (least to greatest).")
 
 
 def paired(rows: pandas.DataFrame, metric: str) -> pandas.DataFrame:
@@ -870,13 +871,13 @@ def paired(rows: pandas.DataFrame, metric: str) -> pandas.DataFrame:
 
 
 def rank_correlations(ranks: dict[tuple[str, int], dict[str, int]]) -> pandas.DataFrame:
-    """Spearman's, from the least to the greatest of all pairs of two settings' (name, seed)."""
+    """Spearman's: mean (least to greatest) of all pairs of two settings' runs, (name, seed)."""
     if len(ranks) < 2:
         return pandas.DataFrame()
     pairs = pandas.DataFrame(ranks).corr("spearman").rename_axis(["rank correlations", "seed"])
     others = pairs.mask(np.eye(len(pairs), dtype=bool)).stack([0, 1]).dropna()
     return others.groupby(level=[0, 2]).agg(
-        lambda x: f"{x.min():.2f} to {x.max():.2f}").unstack(fill_value="")
+        lambda x: f"{x.mean():.2f} ({x.min():.2f} to {x.max():.2f})").unstack(fill_value="")
 
 
 def compare(folder: Path, config: Namespace) -> str:
