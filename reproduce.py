@@ -848,8 +848,8 @@ def describe(results: dict) -> list[str]:
 
 
 LEGEND = ("Mean ± standard deviation over seeds, after the last epoch; differences between runs of "
-          "the same seed; mean ranks of a kind of matrix; Spearman's correlations of ranks that any "
-          "two runs found: mean (least to greatest).")
+          "the same seed; mean ranks of a kind of matrix; Spearman's correlations of the ranks "
+          "that any two runs found: mean (least to greatest).")
 
 
 def paired(rows: pandas.DataFrame, metric: str) -> pandas.DataFrame:
