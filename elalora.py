@@ -194,7 +194,7 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
         for _, _, i, name in prunable[:n]:  # step 3: prune the n least important
             pruned[name] = sorted([*pruned.get(name, []), i])
         expanded: dict[str, int] = {}
-        for _, _, i, name in reversed(candidates):  # step 4: the most important retained
+        for _, _, i, name in reversed(candidates):  # step 4: grow where even the weakest matter
             rank = len(scores[name]) - len(pruned.get(name, [])) + expanded.get(name, 0)
             if i not in pruned.get(name, []) and rank < max_ranks[name]:
                 expanded[name] = expanded.get(name, 0) + 1
@@ -214,7 +214,7 @@ def new_directions(present: Tensor, n: int, generator: torch.Generator) -> Tenso
 @torch.no_grad()
 def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.Generator,
            states: Sequence[Mapping[Tensor, dict]]) -> None:
-    """Keeps the given ranks of a layer, in that order, and appends n_new of singular value 0.
+    """Keeps the given ranks of a layer, in that order, appends n_new of singular value and score 0.
 
     Parameters stay the same objects. What states (as optimizer.state) hold for them moves along to
     the bit, 0 for new ranks: with the old step count, Adam's updates of those start up to 6.6 times
@@ -321,7 +321,7 @@ class RankAllocator:
     def step(self) -> Adjustment | None:
         """A turn of Algorithm 1's loop, once per optimizer.step(), after it and before zero_grad().
         Returns what it adjusted, None where b^(t) = 0. ValueError if it has nothing to score."""
-        if self.t < self.schedule.search_end:
+        if self.t < self.schedule.search_end:  # from the first step, for averages to settle
             if not (scored := [w for w in self.factors.values() if w.grad is not None]):
                 raise ValueError("no gradients: step() belongs between backward() and zero_grad()")
             if any(self.averages[w]["I_bar"].shape != w.shape for w in scored):

@@ -693,13 +693,18 @@ def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def log_scores(S: list[float]) -> pandas.Series:
+    """log10, of 0 -20."""
+    return np.log10(pandas.Series(S, dtype=float).clip(lower=1e-20))
+
+
 def plot_scores(scores: dict[str, list[float]], path: Path) -> None:
     """How the importance scores of all ranks are distributed (Figure 5), cumulatively."""
     size = (6, 3.2 + 0.25 * len(scores))  # the legend has a line for each
     axis = (figure := Figure(figsize=size, layout="constrained")).subplots()
     for name, S in scores.items():
         if S:  # LoRA has none
-            axis.ecdf(np.log10(np.maximum(S, 1e-20)), label=name)
+            axis.ecdf(log_scores(S), label=name)
     if axis.lines:
         figure.legend(loc="outside upper center")
     axis.set(xlabel="log10 of the importance score S (of 0: -20)", ylabel="share of the ranks")
@@ -847,9 +852,10 @@ def describe(results: dict) -> list[str]:
     return lines
 
 
-LEGEND = ("Mean ± standard deviation over seeds, after the last epoch; differences between runs of "
-          "the same seed; mean ranks of a kind of matrix; Spearman's correlations of the ranks "
-          "that any two runs found: mean (least to greatest).")
+LEGEND = ("Mean ± standard deviation over seeds, after the last epoch (quantiles of log10 of the "
+          "scores S: at the end of the search); differences between runs of the same seed; mean "
+          "ranks of a kind of matrix; Spearman's correlations of the ranks that any two runs "
+          "found: mean (least to greatest).")
 
 
 def paired(rows: pandas.DataFrame, metric: str) -> pandas.DataFrame:
@@ -896,6 +902,8 @@ def compare(folder: Path, config: Namespace) -> str:
         dict(run=name, seed=seed) | r["metrics"] | dict(
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
             minutes=r["seconds"] / 60) | dict(zip(("pruned", "of_those_added"), count_pruned(r)))
+        | log_scores([*r["scores"].values()][-1]).quantile([0.1, 0.5, 0.9])
+        .add_prefix("log10_S_").to_dict()
         for (name, seed), r in runs.items())
     alike = rank_correlations(
         {key: r["ranks"] for key, r in runs.items() if r["method"] in ("elalora", "adalora")})

@@ -1856,7 +1856,7 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
                 adapter_parameters=1234, seconds=90, history=[dict(train_loss=random.random())],
                 ranks=dict(zip(matrices, random.permutation(9).tolist())),
                 rank=4, adjustments=[dict(pruned={matrices[0]: [3]})] * (seed + 1),
-                scores={"5": [1.0, 0.0], "9": [0.5] if run != "lora-r4" else []},
+                scores={"5": [1.0, 0.0], "9": [0.0, *random.random(4)] if run != "lora-r4" else []},
                 command=f"python reproduce.py --seeds {seed % 2}",
                 arguments=dict(task="mrpc", method=run.split("-")[0], rank=int(run[-1]), seed=seed,
                                targets=[""], set=[], epochs=4),
@@ -1877,7 +1877,7 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
     assert drawn == [{f"{run}-s0": runs[run, 0]["scores"]["9"] for run, _ in runs}]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     start = rows.index(["mean ranks", *"abc"])
-    table = {row[0]: row[1:] for row in rows[:start] + rows[start + 6 :] if row}
+    table = {row[0]: row[1:] for row in rows[:start] if row}
     b = [runs["lora-r4", i]["ranks"][f"layer.{j}.b"] for i in range(6) for j in range(3)]
     means = np.reshape(b, (6, 3)).mean(axis=1)
     cell = dict((row[0], row[2]) for row in rows[start : start + 6])["lora-r4"]
@@ -1891,7 +1891,11 @@ def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
         assert cell == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
     pruned, again = np.arange(1, 7), np.arange(6)  # at first an initial rank
     pruned, again = (f"{x.mean():.4f} ± {x.std(ddof=1):.4f}" for x in (pruned, again))
-    assert table["lora-r4"][2:] == ["1,234 ± 0", "1.5000 ± 0.0000", pruned, again, "6"]
+    assert table["lora-r4"][2:] == ["1,234 ± 0", "1.5000 ± 0.0000", pruned, again, *3 * [""], "6"]
+    scores = [np.maximum(runs["elalora-r4", i]["scores"]["9"], 1e-20) for i in range(6)]
+    for cell, share in zip(table["elalora-r4"][6:9], (0.1, 0.5, 0.9)):
+        values = np.quantile(np.log10(scores), share, axis=1)
+        assert cell == f"{values.mean():.4f} ± {values.std(ddof=1):.4f}"
     difference = accuracy("elalora-r4") - accuracy("lora-r4")
     mean, std = difference.mean(), difference.std(ddof=1)
     half = 2.5705818366 * std / np.sqrt(6)  # Student's t, 5 degrees of freedom, 97.5%
