@@ -40,6 +40,7 @@ import torch
 import torch.utils.benchmark
 import tqdm
 import transformers
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
@@ -702,13 +703,14 @@ def plot_scores(scores: dict[str, list[float]], path: Path) -> None:
     """How the importance scores of all ranks are distributed (Figure 5), cumulatively."""
     size = (6, 3.2 + 0.25 * len(scores))  # the legend has a line for each
     axis = (figure := Figure(figsize=size, layout="constrained")).subplots()
+    axis.set_prop_cycle(color=colormaps["tab20"].colors)
     for name, S in scores.items():
         if S:  # LoRA has none
             axis.ecdf(log_scores(S), label=name)
     if axis.lines:
         figure.legend(loc="outside upper center")
     axis.set(xlabel="log10 of the importance score S (of 0: -20)", ylabel="share of the ranks")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # with all of a wide legend
 
 
 # ---- The benchmark ----
