@@ -1,8 +1,8 @@
 """ElaLoRA in one file: low-rank adapters whose ranks move to the matrices that need them.
 
-A frozen weight W0 is fine-tuned through W = W0 + s P diag(Lambda) Q. While it trains, every rank (a
-column of P, its singular value, its row of Q) is scored by its smoothed sensitivity times the
-uncertainty of that. At scheduled steps the b least important ranks of all matrices are pruned, and
+A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. While it trains, every
+rank (a column of P, its singular value, its row of Q) is scored by its smoothed sensitivity times
+the uncertainty of that. At scheduled steps the b least important ranks of all matrices are pruned, and
 matrices whose weakest ranks still matter gain b: the sum never changes. Needs torch >= 2.11 alone.
 
 Sections, equations and tables are those of ElaLoRA (Chang et al. 2025, arXiv:2504.00254). P Lambda
@@ -36,11 +36,11 @@ RANK_DIM = {"P": 1, "Lambda": 0, "Q": 0}  # the dimension of each factor that co
 
 # ---- Section 3.1: SVD-based low-rank adaptation ----
 class SVDLinear(nn.Module):
-    """A frozen linear layer and its low-rank update, y = W0 x + s P (Lambda * (Q x)) (section 3.1).
+    """A frozen linear layer and its low-rank update, y = W0 x + scaling P (Lambda * (Q x)).
 
     P and Q start orthonormal, Lambda at 0, all in float32; y has the dtype of the base's output.
     The base, of weight (d_out, d_in), is frozen and only called, so a quantized nn.Linear will do.
-    scaling, s, is alpha / initial rank (inject: / mean rank) for life; dropout acts on x before Q.
+    scaling is alpha / initial rank (inject: / mean rank) and constant; dropout acts on x before Q.
     Raises ValueError if base_layer is sharded or no nn.Linear, or rank not in 1..min(d_out, d_in).
     """
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0):
@@ -55,7 +55,7 @@ class SVDLinear(nn.Module):
         self.P, self.Lambda, self.Q = map(nn.Parameter, (P, P.new_zeros(rank), Q))
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("scaling", P.new_tensor(alpha / rank))
-        self.search = {"step": 0, "end": 0}  # RankAllocator's steps so far, and those it needs
+        self.steps = {"done": 0, "due": 0}  # of RankAllocator: so far, and until its search ends
         self.base_layer = base_layer.requires_grad_(False)
 
     @property
@@ -72,7 +72,7 @@ class SVDLinear(nn.Module):
             return torch.addmm(y.reshape(-1, len(self.P)), h, P_T).view_as(y)  # y + h P'
 
     def delta_weight(self) -> Tensor:
-        """The update s P diag(Lambda) Q of the weight, (d_out, d_in)."""
+        """The update scaling P diag(Lambda) Q of the weight, (d_out, d_in)."""
         return (self.P * (self.scaling * self.Lambda)) @ self.Q
 
     @torch.no_grad()
@@ -145,9 +145,9 @@ def _adapted(model: nn.Module, ended: bool = False) -> dict[str, SVDLinear]:
         raise ValueError("the model has no SVDLinear; call inject(model, ...) first")
     for name, layer in layers.items():
         _check_layer(repr(name), layer.base_layer, layer.rank)
-    if ended and layer.search["step"] < layer.search["end"]:
-        warnings.warn("ranks were to move until step {end}, but RankAllocator.step() was called "
-                      "{step} times".format(**layer.search), stacklevel=4)
+    if ended and layer.steps["done"] < layer.steps["due"]:
+        warnings.warn("ranks were to move until step {due}, but RankAllocator.step() was called "
+                      "{done} times".format(**layer.steps), stacklevel=4)
     return layers
 
 
@@ -221,9 +221,9 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     as long. ValueError, before any change, if a state is no scalar nor of its parameter's shape.
     """
     factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
-    held = [(w, state[w], key) for w in factors for state in states
-            for key, value in state.get(w, {}).items() if getattr(value, "ndim", 0)]
-    for w, slots, key in held:
+    resized = [(w, state[w], key) for w in factors for state in states
+               for key, value in state.get(w, {}).items() if getattr(value, "ndim", 0)]
+    for w, slots, key in resized:
         if slots[key].shape != w.shape:
             raise ValueError(f"the optimizer's {key!r} has shape {list(slots[key].shape)}, its "
                              f"parameter {list(w.shape)}; take one of like shapes, such as AdamW")
@@ -231,7 +231,7 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     new_P = new_directions(layer.P[:, index], n_new, generator)
     new_Q = new_directions(layer.Q[index].T, n_new, generator).T
     new = dict(zip(factors, (new_P, new_P.new_zeros(n_new), new_Q)))
-    for w, slots, key in held:
+    for w, slots, key in resized:
         zeros = torch.zeros_like(new[w], dtype=slots[key].dtype)
         slots[key] = torch.cat([slots[key].index_select(factors[w], index), zeros], factors[w])
     for w, dim in factors.items():
@@ -241,11 +241,12 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
 
 
 # ---- Section 3.4: dynamic rank scheduler ----
-SHAPES = {  # progress P in 0..1 -> share of b
-    "cubic": lambda P: 1 - P**3,  # eq. 5
-    "linear": lambda P: 1 - P,
-    "exponential": lambda P: (math.exp(-5 * P) - math.exp(-5)) / (1 - math.exp(-5)),
-    "constant": lambda P: 1,
+SHAPES = {  # progress (the paper's P) in 0..1 -> share of b
+    "cubic": lambda progress: 1 - progress**3,  # eq. 5
+    "linear": lambda progress: 1 - progress,
+    "exponential": lambda progress: (
+        (math.exp(-5 * progress) - math.exp(-5)) / (1 - math.exp(-5))),
+    "constant": lambda progress: 1,
 }
 
 
@@ -275,12 +276,15 @@ class RankSchedule:
         return self.total_steps - self.stabilize_steps
 
     def budget(self, step: int) -> int:
-        """b^(t) = b (1 - P^3), P the share of the search done (eq. 4, 5); 0 where none is due."""
+        """b^(t) = b (1 - progress^3) at an adjustment (eq. 5), 0 at any other step.
+
+        progress is the share of the search that is done (the paper's P, eq. 4)."""
         searched = step - self.warmup_steps
         if searched <= 0 or step > self.search_end or searched % self.adjust_interval:
             return 0
-        P = Fraction(searched, self.search_end - self.warmup_steps)  # exact, so that ties are ties
-        return round(self.b * SHAPES[self.shape](P))
+        span = self.search_end - self.warmup_steps
+        progress = Fraction(searched, span)  # exact, so that halves round predictably
+        return round(self.b * SHAPES[self.shape](progress))
 
 
 # ---- Algorithm 1 ----
@@ -305,18 +309,18 @@ class RankAllocator:
             raise ValueError(f"k must be an int >= 1, betas in (0, 1): {k!r}, {beta1!r}, {beta2!r}")
         self.layers, self.optimizer, self.schedule = _adapted(model), optimizer, schedule
         self.k, self.beta1, self.beta2 = k, beta1, beta2
-        self.held = {w for group in optimizer.param_groups for w in group["params"]}
+        self.optimized = {w for group in optimizer.param_groups for w in group["params"]}
         self.factors = {f"{name}.{factor}": getattr(layer, factor)
                         for name, layer in self.layers.items() for factor in RANK_DIM}
         self.averages = {}  # parameter -> name -> tensor, like optimizer.state
         for name, w in self.factors.items():
-            if w not in self.held:
+            if w not in self.optimized:
                 raise ValueError(f"the optimizer does not hold {name!r}; make it after inject()")
             self.averages[w] = {key: torch.zeros_like(w).float() for key in ("I_bar", "U_bar")}
         self.t, self.generator = 0, torch.Generator("cpu").manual_seed(seed)
-        self.search = {"step": 0, "end": schedule.search_end if schedule.b else 0}
+        self.steps = {"done": 0, "due": schedule.search_end if schedule.b else 0}
         for layer in self.layers.values():
-            layer.search = self.search  # so that merge() can tell of steps to come
+            layer.steps = self.steps  # so that merge() can tell of steps to come
 
     def step(self) -> Adjustment | None:
         """A turn of Algorithm 1's loop, once per optimizer.step(), after it and before zero_grad().
@@ -326,10 +330,11 @@ class RankAllocator:
                 raise ValueError("no gradients: step() belongs between backward() and zero_grad()")
             if any(self.averages[w]["I_bar"].shape != w.shape for w in scored):
                 raise ValueError("ranks were loaded, but not the allocator's own load_state_dict()")
-            norms = torch._foreach_norm([w.grad for w in self.held if w.grad is not None], math.inf)
+            gradients = [w.grad for w in self.optimized if w.grad is not None]
+            norms = torch._foreach_norm(gradients, math.inf)
             if torch.stack(norms).isfinite().all():  # else GradScaler skipped the optimizer's step
                 update_averages(scored, self.averages, self.beta1, self.beta2)
-        self.t = self.search["step"] = self.t + 1
+        self.t = self.steps["done"] = self.t + 1
         if (b := self.schedule.budget(self.t)) == 0:
             return None
         S = torch.cat(list(self.importance().values())).cpu()  # one transfer
@@ -369,7 +374,7 @@ class RankAllocator:
             saved = state["averages"][name]
             self.averages[w] = {key: saved[key].to(w.device, copy=True) for key in saved}
         self.generator.set_state(state["generator"].cpu())
-        self.t = self.search["step"] = state["step"]
+        self.t = self.steps["done"] = state["step"]
 
 
 # ---- After training ----
@@ -421,8 +426,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
 def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -> None:
     """Writes a LoRA adapter that peft.PeftModel.from_pretrained(base, directory) loads.
 
-    A is Q, B is P diag(Lambda), alpha is s r. What PEFT takes for saved modules, by any end of a
-    name, is written in whole. Raises ValueError for what it cannot name. Needs safetensors.
+    A is Q, B is P diag(Lambda), alpha is scaling r. What PEFT takes for saved modules, by any end
+    of a name, is written in whole. Raises ValueError for what it cannot name. Needs safetensors.
     """
     from safetensors.torch import save_file
     layers, modules = _adapted(model, ended=True), dict(model.named_modules(remove_duplicate=False))
