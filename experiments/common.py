@@ -1,0 +1,108 @@
+"""What GLUE, XSum and VTAB share: pre-trained models, data sets, batches, predictions."""
+
+import math
+import random
+from collections.abc import Callable, Sequence, Sized
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+
+from experiments.problem import (
+    DEVICE, PROCESS, PROCESSES, Config, autocast, chosen, mean_of_processes, seed_of)
+
+
+# ---- Models ----
+def pretrained(auto: type, model: str, **arguments):
+    """from_pretrained, with an error that names the model."""
+    try:
+        return auto.from_pretrained(model, **arguments)
+    except Exception as error:  # broken files raise all kinds
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # transformers names what it did not find
+        raise ValueError(f"--model: {model} cannot be loaded, {type(error).__name__}: "
+                         f"{str(error).strip()}") from None
+
+
+def matrices(model: nn.Module, kinds: Sequence[str], config: Config) -> list[str]:
+    """The names of all modules that end in one of these kinds, and as --targets asks.
+
+    Raises ValueError if the model lacks a kind, or --targets names none of them.
+    """
+    names = [name for name, _ in model.named_modules()]
+    if missing := [kind for kind in kinds if not any(n.endswith(f".{kind}") for n in names)]:
+        raise ValueError(f"--model: {config.model} has no matrices named {', '.join(missing)}; "
+                         f"this task adapts {', '.join(kinds)}")
+    return chosen([n for n in names if n.endswith(tuple(f".{kind}" for kind in kinds))], config)
+
+
+# ---- Data ----
+def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Sequence[str],
+                splits: Sequence[str]) -> list:
+    """Splits of the data set of that name on the hub, or of the one in --data-dir.
+
+    Raises ValueError if a folder cannot be read, or if a split or column is missing or empty.
+    """
+    import datasets
+    source = data_dir or hub
+    try:
+        try:
+            loaded = datasets.load_dataset(source, task)
+        except RuntimeError:  # of a hub repository that still has a loading script
+            loaded = datasets.load_dataset(source, task, revision="refs/convert/parquet")
+    except Exception as error:  # broken files raise all kinds
+        if not data_dir:
+            raise
+        raise ValueError(f"--data-dir: {source} has no {task or 'data set'} that can be read, "
+                         f"{type(error).__name__}: {str(error).strip()}") from None
+    for split in splits:
+        if split not in loaded or not len(loaded[split]):
+            raise ValueError(f"{source}: no examples in the split {split!r}")
+        if missing := {*columns} - {*loaded[split].column_names}:
+            raise ValueError(f"{source}: the split {split!r} has no column {min(missing)!r}, only "
+                             f"{', '.join(loaded[split].column_names)}")
+    return [loaded[split] for split in splits]
+
+
+def hold_out(rows: Sized) -> tuple[Subset, Subset]:
+    """The same random tenth of the training split for every seed: (the rest, the tenth)."""
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    return Subset(rows, order[len(rows) // 10 :]), Subset(rows, order[: len(rows) // 10])
+
+
+def epoch_batches(rows: Sized, batch_size: int, config: Config, epoch: int,
+                  collate: Callable | None = None) -> DataLoader:
+    """The batches of an epoch in its random order; every process has its share of each."""
+    sampler = DistributedSampler(rows, PROCESSES, PROCESS, seed=seed_of(config, epoch))
+    return DataLoader(rows, batch_size // PROCESSES, sampler=sampler, collate_fn=collate)
+
+
+def by_length(rows: list[dict], pad: Callable[[list[dict]], dict]) -> list[dict]:
+    """A batch of texts as chunks of like length. On a CPU that needs less padding, so less time,
+    for the same loss."""
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    size = math.ceil(len(rows) / (4 if DEVICE == "cpu" else 1))
+    return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def mean_loss(model: nn.Module, chunks: list[dict], config: Config) -> Tensor:
+    """The mean over all labels of a batch that comes in chunks, and in shares of processes."""
+    counts = [(chunk["labels"] != -100).sum().to(DEVICE) for chunk in chunks]  # -100: padding
+    with autocast(config):
+        losses = [model(**chunk.to(DEVICE)).loss * n for chunk, n in zip(chunks, counts)]
+    return sum(losses) / mean_of_processes(sum(counts))
+
+
+@torch.no_grad()
+def predictions(rows: Sized, batch_size: int, predict: Callable, collate: Callable | None,
+                config: Config) -> list:
+    """What predict(batch), a list, gives for every row, in their order; processes share them."""
+    own = []
+    for batch in DataLoader(Subset(rows, range(PROCESS, len(rows), PROCESSES)), batch_size,
+                            collate_fn=collate):
+        with autocast(config):
+            own += predict(batch)
+    shares = [own]
+    if PROCESSES > 1:
+        distributed.all_gather_object(shares := [None] * PROCESSES, own)
+    return [shares[i % PROCESSES][i // PROCESSES] for i in range(len(rows))]

@@ -1,0 +1,146 @@
+"""Section 4.4: a vision transformer, ViT-B/16 in the paper, on VTAB-1k (Tables 4 and 10).
+
+A task is a folder of vtab-1k.zip: lists train800.txt, val200.txt and test.txt, whose lines are a
+path below the folder, a blank and a label, and the images.
+"""
+
+import functools
+import math
+import statistics
+import zipfile
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
+
+from experiments.common import epoch_batches, matrices, predictions, pretrained
+from experiments.problem import DEVICE, Config, Problem, Recipe, autocast
+
+HUB, ZIP = "XiN0919/VTAB-1k", "vtab-1k.zip"
+KINDS = ("q_proj", "k_proj", "v_proj", "fc1", "fc2")
+EVALUATION_BATCH = 64
+
+
+def row(b: int, k: int, percent: float | None = None) -> dict[int, Recipe]:
+    """A row of Table 10, and ElaLoRA's accuracy in Table 4."""
+    paper = {} if percent is None else dict(accuracy=percent / 100)
+    return {8: Recipe(16, 1e-3, 100, 500, 1500, 200, b, k, paper)}
+
+
+RECIPES = {
+    "cifar": row(6, 3, 61.25), "svhn": row(4, 2, 74.60), "eurosat": row(4, 2, 94.26),
+    "resisc45": row(6, 3, 80.71), "dsprites_ori": row(4, 2, 39.2), "dmlab": row(6, 3, 39.30),
+    "caltech101": row(6, 3),  # VTAB's, not in the paper; b and k are cifar's
+}
+
+
+def open_task(task: str, data_dir: str | None) -> Path | zipfile.Path:
+    """The task's folder, unpacked or within the zip. ValueError if there is none."""
+    if data_dir is None:
+        from huggingface_hub import hf_hub_download
+        archive, root = Path(hf_hub_download(HUB, ZIP, repo_type="dataset")), None
+    else:
+        archive, root = Path(data_dir, ZIP), Path(data_dir, "vtab-1k")
+    if root is None or not root.is_dir():
+        if not archive.is_file():
+            raise ValueError(f"--data-dir: {data_dir} holds neither {ZIP} nor a folder vtab-1k")
+        try:
+            root = zipfile.Path(archive, "vtab-1k/")
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{archive}: {error}; download it anew") from None
+    if not (root / task).is_dir():
+        tasks = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        raise ValueError(f"{archive.parent}: no folder vtab-1k/{task}; there are {tasks}")
+    return root / task
+
+
+class Images(Dataset):
+    """The images of a list, decoded and processed when asked for: dict(pixel_values, labels).
+
+    Raises ValueError if the list is missing, empty or has a bad line.
+    """
+    def __init__(self, folder: Path | zipfile.Path, split: str, processor):
+        self.folder, self.processor, self.rows = folder, processor, []
+        if not (path := folder / f"{split}.txt").is_file():
+            raise ValueError(f"{path}: no such list of images")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            name, _, label = line.rpartition(" ")
+            if not name or not label.isdecimal():
+                raise ValueError(f"{path}, line {number}: {line!r} is not a path and a label >= 0")
+            self.rows.append((name, int(label)))
+        if not self.rows:
+            raise ValueError(f"{path}: no examples")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, i: int) -> Image.Image:
+        """ValueError if there is no such file, or it is broken."""
+        path = self.folder / self.rows[i][0]
+        try:
+            with path.open("rb") as file:
+                return Image.open(file).convert("RGB")
+        except Exception as error:  # broken files raise all kinds
+            raise ValueError(f"{path} is no image that can be read, {type(error).__name__}: "
+                             f"{error}") from None
+
+    def __getitem__(self, i: int) -> dict:
+        pixels = self.processor(self.image(i), return_tensors="pt")["pixel_values"][0]
+        return dict(pixel_values=pixels, labels=self.rows[i][1])
+
+
+@functools.cache
+def load_images(task: str, data_dir: str | None, model: str) -> tuple[list, list, Images, int]:
+    """The training and validation images in memory, the test images, the number of classes.
+
+    Every image is decoded once, so that a broken one is found before training.
+    """
+    folder = open_task(task, data_dir)
+    processor = pretrained(transformers.AutoImageProcessor, model, backend="pil")
+    train, val, test = (Images(folder, name, processor) for name in ("train800", "val200", "test"))
+    for i in range(len(test)):
+        test.image(i)
+    classes = 1 + max(label for split in (train, val, test) for _, label in split.rows)
+    in_memory = [[split[i] for i in range(len(split))] for split in (train, val)]
+    return *in_memory, test, classes
+
+
+def problem(config: Config, recipe: Recipe) -> Problem:
+    """A classifier of images with a new head, trained on 800 images.
+
+    The accuracy on val200 is computed after every epoch; after the last one, the accuracy on the
+    test images, but with --holdout.
+    """
+    train, val, test, classes = load_images(config.task, config.data_dir, config.model)
+    model = pretrained(
+        transformers.AutoModelForImageClassification, config.model, num_labels=classes,
+        dtype=torch.float32, ignore_mismatched_sizes=True)  # a head for other classes is replaced
+    targets = matrices(model, KINDS, config)
+    model.to(DEVICE)
+
+    def loss(model: nn.Module, batch: dict) -> torch.Tensor:
+        with autocast(config):
+            return model(**{key: x.to(DEVICE) for key, x in batch.items()}).loss
+
+    def predict(batch: dict) -> list[int]:
+        return model(pixel_values=batch["pixel_values"].to(DEVICE)).logits.argmax(dim=-1).tolist()
+
+    def accuracy(split: Dataset | list, labels: list[int]) -> float:
+        found = predictions(split, EVALUATION_BATCH, predict, None, config)
+        return statistics.fmean(a == b for a, b in zip(found, labels))
+
+    def evaluate(last: bool) -> dict[str, float]:
+        found = dict(val_accuracy=accuracy(val, [row["labels"] for row in val]))
+        if last and not config.holdout:
+            found = dict(accuracy=accuracy(test, [label for _, label in test.rows])) | found
+        return found
+
+    majority = statistics.mode(row["labels"] for row in train)
+    floor = dict(val_accuracy=statistics.fmean(row["labels"] == majority for row in val),
+                 accuracy=statistics.fmean(label == majority for _, label in test.rows))
+    return Problem(
+        model, targets, ["classifier"], math.ceil(len(train) / recipe.batch_size),
+        lambda epoch: epoch_batches(train, recipe.batch_size, config, epoch), loss, evaluate, floor)

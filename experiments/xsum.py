@@ -1,0 +1,85 @@
+"""Section 4.3: an encoder-decoder, BART-base in the paper, on XSum (Tables 3 and 8).
+
+The paper names BART-large once; its parameter counts, in Table 3, are those of BART-base.
+"""
+
+import math
+
+import torch
+import transformers
+from torch import nn
+
+from experiments.common import (
+    by_length, epoch_batches, load_splits, matrices, mean_loss, predictions, pretrained)
+from experiments.problem import DEVICE, Config, Problem, Recipe, by_rank
+
+HUB = "EdinburghNLP/xsum"
+ARTICLE_TOKENS, SUMMARY_TOKENS = 1024, 160  # the released script's; Table 8 has none
+BEAMS, DECODING_BATCH = 8, 64
+KINDS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # cross-attention's, too
+ROUGE = ("rouge1", "rouge2", "rougeL")
+RECIPES = {"xsum": by_rank(
+    (2, 6), 32, 5e-4, 2, 1500, 3000, 200, b=(2, 3), k=(1, 2),
+    paper=[dict(zip(ROUGE, scores)) for scores in ((.3724, .1466, .2976), (.3800, .1530, .3042))])}
+
+
+def rouge(found: list[str], references: list[str]) -> dict[str, float]:
+    """Mean F-measures of ROUGE-1, -2 and -L of summaries, with stemming."""
+    from rouge_score.rouge_scorer import RougeScorer
+    score = RougeScorer(ROUGE, use_stemmer=True).score
+    scores = [score(reference, summary) for summary, reference in zip(found, references)]
+    return {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ROUGE}
+
+
+def problem(config: Config, recipe: Recipe) -> Problem:
+    """Summaries of one sentence, from a model that has no new head.
+
+    The loss on the validation split is computed after every epoch. After the last one, ROUGE of
+    summaries that are generated for the test split, with --holdout for the validation split.
+    """
+    train, validation, test = load_splits(
+        config.data_dir, HUB, None, ("document", "summary"), ("train", "validation", "test"))
+    reported = validation if config.holdout else test
+    tokenizer = pretrained(transformers.AutoTokenizer, config.model)
+    model = pretrained(transformers.AutoModelForSeq2SeqLM, config.model, dtype=torch.float32)
+    targets = matrices(model, KINDS, config)
+    model.to(DEVICE)
+    pad = transformers.DataCollatorForSeq2Seq(tokenizer)  # labels with -100
+
+    def tokenize(rows: dict) -> dict:
+        articles = tokenizer(rows["document"], max_length=ARTICLE_TOKENS, truncation=True)
+        summaries = tokenizer(
+            text_target=rows["summary"], max_length=SUMMARY_TOKENS, truncation=True)
+        return {**articles, "labels": summaries["input_ids"]}
+
+    def losses(batch: dict) -> list[tuple[float, int]]:
+        """Of every summary: the sum over its tokens, and their number."""
+        labels = batch.to(DEVICE)["labels"]
+        logits = model(**batch).logits.float().transpose(1, 2)  # (n, vocabulary, tokens)
+        sums = nn.functional.cross_entropy(logits, labels, reduction="none").sum(dim=1)
+        return [*zip(sums.tolist(), (labels != -100).sum(dim=1).tolist())]
+
+    def summarize(batch: dict) -> list[str]:
+        del batch["labels"]
+        tokens = model.generate(
+            **batch.to(DEVICE), num_beams=BEAMS, max_length=SUMMARY_TOKENS, do_sample=False)
+        return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def evaluate(last: bool) -> dict[str, float]:
+        found = predictions(validation_tokens, recipe.batch_size, losses, pad, config)
+        loss = sum(total for total, _ in found) / sum(count for _, count in found)
+        if not last:
+            return dict(validation_loss=loss)
+        summaries = predictions(reported_tokens, DECODING_BATCH, summarize, pad, config)
+        return rouge(summaries, reported["summary"]) | dict(validation_loss=loss)
+
+    train_tokens, validation_tokens, reported_tokens = (
+        split.map(tokenize, batched=True, remove_columns=split.column_names)
+        for split in (train, validation, reported))
+    lead = [document.partition("\n")[0] for document in reported["document"]]
+    return Problem(
+        model, targets, [], math.ceil(len(train) / recipe.batch_size),
+        lambda epoch: epoch_batches(train_tokens, recipe.batch_size, config, epoch,
+                                    lambda rows: by_length(rows, pad)),
+        lambda model, chunks: mean_loss(model, chunks, config), evaluate,
+        rouge(lead, reported["summary"]), "first sentence")
