@@ -87,7 +87,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -102,7 +101,8 @@ from experiments import problem as shared
 from experiments import report
 from experiments.baselines import BASELINES
 from experiments.problem import (
-    DEVICE, Config, Problem, Recipe, mean_of_processes, recipe_of, seed_of)
+    DEVICE, Config, Problem, Recipe, check_alike, mean_of_processes, recipe_of, seed_of, trained,
+    versions)
 
 
 # ---- Algorithm 1's loop ----
@@ -229,20 +229,6 @@ def evaluate(problem: Problem, recipe: Recipe, log: dict) -> None:
     epoch["metrics"] = problem.evaluate(epoch["epoch"] == recipe.epochs)
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: w for name, w in model.named_parameters() if w.requires_grad}
-
-
-def check_alike(model: nn.Module) -> None:
-    """Compares the bits of every trained weight, summed up, between the processes."""
-    if shared.PROCESSES > 1:
-        sums = [w.detach().view(torch.int32).sum() + w.numel() for w in trained(model).values()]
-        own = torch.stack([*sums, *(-x for x in sums)])
-        distributed.all_reduce(highest := own.clone(), distributed.ReduceOp.MAX)
-        if not torch.equal(own, highest):  # equal, x is the highest, and -x, so x is the lowest too
-            raise RuntimeError("the weights of the processes differ, they train different models")
-
-
 def restore(path: Path, config: Config, model: nn.Module, training: Training) -> dict:
     """Loads a checkpoint, returns its log. ValueError if it is broken or not of this run."""
     try:
@@ -285,8 +271,7 @@ def papers_result(config: Config, recipe: Recipe) -> dict[str, float]:
     """ElaLoRA's in the paper, if this run is set up as that was."""
     model, _ = FAMILIES[FAMILY_OF[config.task]]
     by_rank = family_of(config).RECIPES[config.task]
-    as_paper = Config(config.task, "elalora", config.rank, config.seed, model, config.data_dir,
-                      config.epochs, dtype=config.dtype, processes=config.processes)
+    as_paper = replace(config, method="elalora", model=model, targets=[""], set=[], holdout=False)
     whole = config.rank in by_rank and recipe.epochs == by_rank[config.rank].epochs
     return recipe.paper if whole and config == as_paper else {}
 
@@ -333,12 +318,6 @@ def write_folder(folder: Path, config: Config, problem: Problem, allocator, resu
     text = json.dumps(results, indent=1)
     report.write(folder / "results.json", lambda path: path.write_text(text))
     (folder / "checkpoint.pt").unlink()
-
-
-def versions() -> dict[str, str]:
-    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    return {package: version(package) for package in ("torch", "transformers", "peft")} | {
-        "hardware": f"{hardware}, {torch.get_num_threads()} threads"}
 
 
 # ---- The command ----

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from experiments.problem import (
-    DEVICE, PROCESS, PROCESSES, Config, autocast, chosen, mean_of_processes, seed_of)
+from experiments import problem as shared
+from experiments.problem import DEVICE, Config, autocast, chosen, mean_of_processes, seed_of
 
 
 # ---- Models ----
@@ -73,8 +73,9 @@ def hold_out(rows: Sized) -> tuple[Subset, Subset]:
 def epoch_batches(rows: Sized, batch_size: int, config: Config, epoch: int,
                   collate: Callable | None = None) -> DataLoader:
     """The batches of an epoch in its random order; every process has its share of each."""
-    sampler = DistributedSampler(rows, PROCESSES, PROCESS, seed=seed_of(config, epoch))
-    return DataLoader(rows, batch_size // PROCESSES, sampler=sampler, collate_fn=collate)
+    sampler = DistributedSampler(
+        rows, shared.PROCESSES, shared.PROCESS, seed=seed_of(config, epoch))
+    return DataLoader(rows, batch_size // shared.PROCESSES, sampler=sampler, collate_fn=collate)
 
 
 def by_length(rows: list[dict], pad: Callable[[list[dict]], dict]) -> list[dict]:
@@ -97,12 +98,11 @@ def mean_loss(model: nn.Module, chunks: list[dict], config: Config) -> Tensor:
 def predictions(rows: Sized, batch_size: int, predict: Callable, collate: Callable | None,
                 config: Config) -> list:
     """What predict(batch), a list, gives for every row, in their order; processes share them."""
-    own = []
-    for batch in DataLoader(Subset(rows, range(PROCESS, len(rows), PROCESSES)), batch_size,
-                            collate_fn=collate):
+    own, share = [], Subset(rows, range(shared.PROCESS, len(rows), shared.PROCESSES))
+    for batch in DataLoader(share, batch_size, collate_fn=collate):
         with autocast(config):
             own += predict(batch)
     shares = [own]
-    if PROCESSES > 1:
-        distributed.all_gather_object(shares := [None] * PROCESSES, own)
-    return [shares[i % PROCESSES][i // PROCESSES] for i in range(len(rows))]
+    if shared.PROCESSES > 1:
+        distributed.all_gather_object(shares := [None] * shared.PROCESSES, own)
+    return [shares[i % shared.PROCESSES][i // shared.PROCESSES] for i in range(len(rows))]

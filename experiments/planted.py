@@ -41,7 +41,7 @@ def bounds(rank: int, names: Iterable[str]) -> tuple[float, float]:
 
 
 def problem(config: Config, recipe: Recipe) -> Problem:
-    """Gaussian inputs, as many regressions as matrices. ValueError if no choice of ranks is left."""
+    """A regression for every matrix, on Gaussian inputs. ValueError if --rank leaves no choice."""
     if not 1 < config.rank < max(PLANTED.values()):
         raise ValueError(f"--rank {config.rank}: 2 to 11 leave a choice of where to put the ranks")
     targets = chosen([*PLANTED], config)

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 
 import torch
 from torch import Tensor, distributed, nn
@@ -145,3 +146,25 @@ def mean_of_processes(x: Tensor) -> Tensor:
     if PROCESSES > 1:
         distributed.all_reduce(x)
     return x / PROCESSES
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> weight, of those that a run changes."""
+    return {name: w for name, w in model.named_parameters() if w.requires_grad}
+
+
+def check_alike(model: nn.Module) -> None:
+    """Compares the bits of every trained weight, summed up, between the processes."""
+    if PROCESSES > 1:
+        sums = [w.detach().view(torch.int32).sum() + w.numel() for w in trained(model).values()]
+        own = torch.stack([*sums, *(-x for x in sums)])
+        distributed.all_reduce(highest := own.clone(), distributed.ReduceOp.MAX)
+        if not torch.equal(own, highest):  # equal, x is the highest, and -x, so x is the lowest too
+            raise RuntimeError("the weights of the processes differ, they train different models")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages and the hardware that decide a run's numbers."""
+    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    return {package: version(package) for package in ("torch", "transformers", "peft")} | {
+        "hardware": f"{hardware}, {torch.get_num_threads()} threads"}

@@ -71,10 +71,10 @@ def describe(results: dict) -> list[str]:
         lines.append(f"  {metric:<15} {value:.4f}" + f"  ({', '.join(others)})" * bool(others))
     if results.get("note"):
         lines.append(f"  {results['note']}")
-    planted = mean_ranks(results.get("planted_ranks", {}))
-    for kind, mean in mean_ranks(ranks).items():
+    planted, means = mean_ranks(results.get("planted_ranks", {})), mean_ranks(ranks)
+    for kind, mean in means.items():
         known = f"  (planted {planted[kind]:.0f})" if kind in planted else ""
-        lines.append(f"  {kind:<25} mean rank {mean:5.2f}{known}")
+        lines.append(f"  {kind:<{max(map(len, means))}} mean rank {mean:5.2f}{known}")
     return lines
 
 
