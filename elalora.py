@@ -2,8 +2,9 @@
 
 A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. While it trains, every
 rank (a column of P, its singular value, its row of Q) is scored by its smoothed sensitivity times
-the uncertainty of that. At scheduled steps the b least important ranks of all matrices are pruned, and
-matrices whose weakest ranks still matter gain b: the sum never changes. Needs torch >= 2.11 alone.
+the uncertainty of that. At scheduled steps the b least important ranks of all matrices are pruned,
+and matrices whose weakest ranks still matter gain b: the sum never changes. Depends only on torch
+(>= 2.11).
 
 Sections, equations and tables are those of ElaLoRA (Chang et al. 2025, arXiv:2504.00254). P Lambda
 Q and its regularizer are AdaLoRA's (arXiv:2303.10512), the scores PLATON's (arXiv:2206.12562).

@@ -53,8 +53,10 @@ def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Seque
     except Exception as error:  # broken files raise all kinds
         if not data_dir:
             raise
+        while error.__cause__:  # datasets says only there what is wrong
+            error = error.__cause__
         raise ValueError(f"--data-dir: {source} has no {task or 'data set'} that can be read, "
-                         f"{type(error).__name__}: {str(error).strip()}") from None
+                         f"{type(error).__name__}: {' '.join(str(error).split())}") from None
     for split in splits:
         if split not in loaded or not len(loaded[split]):
             raise ValueError(f"{source}: no examples in the split {split!r}")
