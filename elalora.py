@@ -1,22 +1,43 @@
+# SPDX-License-Identifier: MIT
+# elalora.py 1.0, a reference implementation of ElaLoRA (unofficial). Copy this file, it is enough.
 """ElaLoRA in one file: low-rank adapters whose ranks move to the matrices that need them.
 
-A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. While it trains, every
-rank (a column of P, its singular value, its row of Q) is scored by its smoothed sensitivity times
-the uncertainty of that. At scheduled steps the b least important ranks of all matrices are pruned,
-and matrices whose weakest ranks still matter gain b: the sum never changes. Depends only on torch
-(>= 2.11).
+A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. While the model trains,
+every rank (a column of P, its singular value, its row of Q) gets a score: its smoothed sensitivity
+times the uncertainty of that sensitivity. At scheduled steps the b least important ranks of all
+matrices are pruned, and b ranks are added where even the weakest rank matters. The sum of all ranks
+never changes. The file depends only on torch (>= 2.11).
+
+    inject(model, ["query", "value"], rank=4, modules_to_save=["classifier"])
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=5e-4, weight_decay=0.0)
+    schedule = RankSchedule(
+        total_steps=1740, warmup_steps=300, stabilize_steps=400, adjust_interval=50, b=2)
+    allocator = RankAllocator(model, optimizer, schedule, k=1)
+    for batch in loader:
+        loss = model(**batch).loss + 0.1 * orthogonality_penalty(model)
+        loss.backward()
+        optimizer.step()
+        allocator.step()  # after optimizer.step(), before zero_grad()
+        optimizer.zero_grad()
+    merge(model)  # plain nn.Linear layers again
+
+To resume, make model, optimizer and allocator as at the start. Then load, in this order, with
+load_adapter_state_dict(), optimizer.load_state_dict() and allocator.load_state_dict().
 
 Sections, equations and tables are those of ElaLoRA (Chang et al. 2025, arXiv:2504.00254). P Lambda
-Q and its regularizer are AdaLoRA's (arXiv:2303.10512), the scores PLATON's (arXiv:2206.12562).
+Q and its regularizer are AdaLoRA's (arXiv:2303.10512), the scores are PLATON's (arXiv:2206.12562).
+"Ours:" marks what this project decided where the paper is silent.
 
-Glossary         symbol   shape
-    base_layer   W^(0)    (d1, d2)              frozen pre-trained nn.Linear; d1 = d_out, d2 = d_in
-    P, Q         P, Q     (d1, r) and (r, d2)   left and right singular vectors
-    Lambda       Lambda   (r,)                  singular values, the diagonal of the paper's matrix
-    I_bar, U_bar I, U-bar of P, Lambda or Q     smoothed sensitivity, uncertainty per weight (eq. 3)
-    importance   S_i      (r,)                  score of every rank (eq. 2)
-    budget(t)    b^(t)    integer               ranks to prune and to add at step t (eq. 5)
-    k            k        integer               most ranks that a matrix loses or gains at a time
+Name here       In the paper    Shape or type       Meaning
+base_layer      W^(0)           (d1, d2)            frozen nn.Linear; d1 = d_out, d2 = d_in
+P, Q            P, Q            (d1, r), (r, d2)    left and right singular vectors
+Lambda          Lambda          (r,)                singular values, the diagonal of Lambda
+I_bar, U_bar    I-bar, U-bar    as P, Lambda or Q   sensitivity and uncertainty per weight, eq. 3
+importance      S_i             (r,)                score of every rank, eq. 2
+progress        P               0 to 1              share of the search that is done, eq. 4
+budget(t)       b^(t)           integer             ranks to prune and to add at step t, eq. 5
+k               k               integer             most ranks that a matrix loses and gains at once
 """
 
 import copy
@@ -24,7 +45,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -35,20 +57,24 @@ from torch import Tensor, nn
 RANK_DIM = {"P": 1, "Lambda": 0, "Q": 0}  # the dimension of each factor that counts ranks
 
 
+# ==== The method ==================================================================================
 # ---- Section 3.1: SVD-based low-rank adaptation ----
 class SVDLinear(nn.Module):
     """A frozen linear layer and its low-rank update, y = W0 x + scaling P (Lambda * (Q x)).
 
-    P and Q start orthonormal, Lambda at 0, all in float32; y has the dtype of the base's output.
-    The base, of weight (d_out, d_in), is frozen and only called, so a quantized nn.Linear will do.
-    scaling is alpha / initial rank (inject: / mean rank) and constant; dropout acts on x before Q.
-    Raises ValueError if base_layer is sharded or no nn.Linear, or rank not in 1..min(d_out, d_in).
+    The base, of weight (d_out, d_in), is frozen. It is only called, so a quantized nn.Linear works.
+    Lambda starts at 0, and y has the dtype of the base's output. Ours: P and Q start orthonormal,
+    so that R(P, Q) = 0. The factors are float32. scaling = alpha / rank is fixed at construction
+    (by inject, at alpha / mean rank). Dropout acts on x before Q.
+
+    Raises ValueError if base_layer is no nn.Linear or is sharded, if rank is not an integer in
+    1..min(d_out, d_in), or if alpha is not a positive number.
     """
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0):
         super().__init__()
         _check_layer(str(base_layer), base_layer, rank)
-        if not alpha > 0:
-            raise ValueError(f"alpha must be positive, got {alpha!r}")
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha must be a positive number, got {alpha!r}")
         device = base_layer.weight.device
         on_cpu = dict(dtype=torch.float32, device="cpu")  # so a seed starts alike on any device
         P = nn.init.orthogonal_(torch.empty(base_layer.out_features, rank, **on_cpu)).to(device)
@@ -73,12 +99,12 @@ class SVDLinear(nn.Module):
             return torch.addmm(y.reshape(-1, len(self.P)), h, P_T).view_as(y)  # y + h P'
 
     def delta_weight(self) -> Tensor:
-        """The update scaling P diag(Lambda) Q of the weight, (d_out, d_in)."""
+        """The update of the weight, scaling P diag(Lambda) Q, (d_out, d_in)."""
         return (self.P * (self.scaling * self.Lambda)) @ self.Q
 
     @torch.no_grad()
     def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
-        for factor, dim in RANK_DIM.items():  # load_state_dict() restores any ranks
+        for factor, dim in RANK_DIM.items():  # so that load_state_dict() restores any rank
             w, given = getattr(self, factor), state.get(f"{prefix}{factor}")
             if given is not None and given.dim() == w.dim() and given.shape[dim] != w.shape[dim]:
                 w.grad = None
@@ -88,24 +114,26 @@ class SVDLinear(nn.Module):
 
 def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[str, int],
            alpha: float = 16, dropout: float = 0, modules_to_save: Sequence[str] = ()) -> nn.Module:
-    """Freezes a model and wraps its linear layers of the given names in SVDLinear; returns it.
+    """Freezes a model and wraps the linear layers of the given names in SVDLinear; returns it.
 
     Names match by whole components from the right: "output.dense" matches "layer.0.output.dense",
-    "k" never matches "block". rank is that of all, or a map like RankAllocator.ranks(); scaling is
-    alpha / mean rank. modules_to_save, a new head for example, are trained in full. Raises
-    ValueError, before any change, if a name matches nothing, a target is no nn.Linear, sharded or
-    in a saved module, a rank is out of range, a map names others, or the model is adapted already.
+    and "k" never matches "block". rank is that of every matrix, or a map from names to ranks such
+    as RankAllocator.ranks(). The modules_to_save, such as a new head, are trained in full.
+
+    Raises ValueError, before any change, if a name matches nothing, a target is no nn.Linear, is
+    sharded or lies in a saved module, a rank is out of range, a map names other modules, or the
+    model is adapted already.
     """
     if any(isinstance(module, SVDLinear) for module in model.modules()):
-        raise ValueError("the model is adapted already; merge() it or load it anew")
+        raise ValueError("the model is adapted already; merge() it, or load it again")
     targets = _matching(model, target_modules, "target_modules")
     saved = _matching(model, modules_to_save, "modules_to_save")
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
     if not targets or ranks.keys() != targets.keys():
-        raise ValueError(f"no targets, or a rank map for others: {sorted(ranks.keys() ^ targets)}")
+        raise ValueError(f"no targets, or a rank map of others: {sorted(ranks.keys() ^ targets)}")
     for name, module in targets.items():
         _check_layer(repr(name), module, ranks[name])
-        if any(module is part for root in saved.values() for part in root.modules()):
+        if any(module is inner for root in saved.values() for inner in root.modules()):
             raise ValueError(f"{name!r} would be both adapted and saved; name it in one list only")
     new = {m: SVDLinear(m, ranks[name], alpha, dropout) for name, m in targets.items()}
     model.requires_grad_(False)
@@ -118,46 +146,15 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
     return model
 
 
-def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"{name} must be an nn.Linear, not a {type(layer).__name__}")
-    if hasattr(layer.weight, "to_local") or layer.weight.dim() != 2:  # a DTensor, a flat shard
-        raise ValueError(f"{name} is sharded (FSDP, ZeRO-3); use DistributedDataParallel instead")
-    limit = min(layer.out_features, layer.in_features)
-    if type(rank) is not int or not 1 <= rank <= limit:  # not True either
-        raise ValueError(f"the rank of {name} must be an integer in 1..{limit}, got {rank!r}")
-
-
-def _matching(model: nn.Module, names: Sequence[str], argument: str) -> dict[str, nn.Module]:
-    if isinstance(names, str):
-        raise ValueError(f"{argument} must be a list of names, got the string {names!r}")
-    modules, found = dict(model.named_modules()), set()
-    for wanted in names:
-        if not (matches := {n for n in modules if n and f".{n}".endswith(f".{wanted}")}):
-            linear = [name for name in modules if isinstance(modules[name], nn.Linear)]
-            raise ValueError(f"{argument}: {wanted!r} matches no module; linear: {linear[-8:]}")
-        found |= matches
-    return {name: module for name, module in modules.items() if name in found}
-
-
-def _adapted(model: nn.Module, ended: bool = False) -> dict[str, SVDLinear]:
-    layers = {n: module for n, module in model.named_modules() if isinstance(module, SVDLinear)}
-    if not layers:
-        raise ValueError("the model has no SVDLinear; call inject(model, ...) first")
-    for name, layer in layers.items():
-        _check_layer(repr(name), layer.base_layer, layer.rank)
-    if ended and layer.steps["done"] < layer.steps["due"]:
-        warnings.warn("ranks were to move until step {due}, but RankAllocator.step() was called "
-                      "{done} times".format(**layer.steps), stacklevel=4)
-    return layers
-
-
 def orthogonality_penalty(model: nn.Module) -> Tensor:
-    """Mean of R(P, Q) = |P'P - I|_F^2 + |QQ' - I|_F^2 over the adapted matrices (section 3.1)."""
+    """R(P, Q) = |P'P - I|_F^2 + |QQ' - I|_F^2 (section 3.1), a scalar.
+
+    Ours: it is the mean over the adapted matrices. Add it to the loss, weighted by 0.1.
+    """
     layers, by_shape, R = _adapted(model).values(), {}, 0
     for rows in [factor for layer in layers for factor in (layer.P.T, layer.Q)]:  # (r, d)
         by_shape.setdefault(rows.shape, []).append(rows)
-    with torch.autocast(rows.device.type, enabled=False):  # bfloat16 would drown it
+    with torch.autocast(rows.device.type, enabled=False):  # bfloat16 is too coarse for it
         for A in map(torch.stack, by_shape.values()):  # (n, r, d), few large operations
             R += (A @ A.mT - torch.eye(A.shape[1], device=A.device)).square().sum()
     return R / len(layers)
@@ -167,46 +164,74 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
 @torch.no_grad()
 def update_averages(parameters: Sequence[Tensor], averages: Mapping[Tensor, Mapping[str, Tensor]],
                     beta1: float, beta2: float) -> None:
-    """Eq. 1 and 3: w (after the update) and w.grad move averages[w]["I_bar"] and ["U_bar"]."""
+    """Eq. 1 and 3 for each parameter w, where averages[w] holds I_bar and U_bar, shaped as w.
+
+        I = |w * w.grad|                                            eq. 1
+        I_bar = beta1 * I_bar + (1 - beta1) * I                     eq. 3
+        U_bar = beta2 * U_bar + (1 - beta2) * |I - I_bar|           eq. 3, with the new I_bar
+
+    The _foreach_ functions compute that for all parameters at once.
+    """
     gradients = [w.grad.float() for w in parameters]
-    I = torch._foreach_abs(torch._foreach_mul([w.float() for w in parameters], gradients))  # eq. 1
+    I = torch._foreach_abs(torch._foreach_mul([w.float() for w in parameters], gradients))
     I_bar, U_bar = ([averages[w][key] for w in parameters] for key in ("I_bar", "U_bar"))
-    torch._foreach_lerp_(I_bar, I, 1 - beta1)  # eq. 3: beta1 I_bar + (1 - beta1) I
-    deviation = torch._foreach_abs(torch._foreach_sub(I, I_bar))
-    torch._foreach_lerp_(U_bar, deviation, 1 - beta2)  # beta2 U_bar + (1 - beta2) |I - new I_bar|
+    torch._foreach_lerp_(I_bar, I, 1 - beta1)
+    torch._foreach_lerp_(U_bar, torch._foreach_abs(torch._foreach_sub(I, I_bar)), 1 - beta2)
 
 
 # ---- Section 3.3: dynamic rank learning ----
 def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], k: int,
            b: int) -> tuple[dict[str, list[int]], dict[str, int]]:
-    """Section 3.3: from scores S_i to the indices that each matrix loses, and the number it gains.
+    """Steps 1 to 4 of section 3.3: which ranks each matrix loses, and how many it gains.
 
-    As many come as go: the most, up to b, for which candidates suffice and every rank stays in
-    1..max_ranks. A matrix loses at most k, gains at most k, or both. Ties: by matrix, then index.
+    scores has S_i of every rank by matrix. Returns matrix -> indices of the ranks to prune, and
+    matrix -> number of ranks to add. For example, with room everywhere, k = 2 and b = 2:
+
+        scores            A: 1, 5, 6        B: 2, 7        C: 9
+        1. candidates     A: 1, 5           B: 2, 7        C: 9     the k lowest of each matrix
+        2. sorted         1 (A), 2 (B), 5 (A), 7 (B), 9 (C)
+        3. prune          1 (A), 2 (B)                              b from the front
+        4. grow           C and B                                   b from the back, one rank each
+
+    Ours: the last rank of a matrix cannot be pruned, but its score can win growth, as C's does. As
+    many ranks are added as pruned: the most, up to b, that the candidates and max_ranks allow. A
+    candidate is either pruned or retained, so losses plus gains of a matrix are at most k. Equal
+    scores are ordered by matrix, then by index: pruning takes the earlier, growth the later.
     """
-    candidates, prunable = [], []
-    for order, (name, S) in enumerate(scores.items()):
-        ascending = sorted((S[i], order, i, name) for i in range(len(S)))
-        candidates += ascending[:k]  # step 1: the k least important ranks of each matrix
-        prunable += ascending[: min(k, len(S) - 1)]  # the last may not go, but speaks for growth
-    candidates, prunable = sorted(candidates), sorted(prunable)  # step 2: across all matrices
-    for n in range(min(b, len(prunable)), 0, -1):  # fewer, if not so many can be added
-        pruned: dict[str, list[int]] = {}
-        for _, _, i, name in prunable[:n]:  # step 3: prune the n least important
-            pruned[name] = sorted([*pruned.get(name, []), i])
-        expanded: dict[str, int] = {}
-        for _, _, i, name in reversed(candidates):  # step 4: grow where even the weakest matter
-            rank = len(scores[name]) - len(pruned.get(name, [])) + expanded.get(name, 0)
-            if i not in pruned.get(name, []) and rank < max_ranks[name]:
-                expanded[name] = expanded.get(name, 0) + 1
-                if sum(expanded.values()) == n:
-                    return pruned, expanded
+    candidates, prunable = [], []  # (score, position of the matrix, index of the rank, matrix)
+    for position, (name, S) in enumerate(scores.items()):
+        ascending = sorted((S[i], position, i, name) for i in range(len(S)))
+        candidates += ascending[:k]  # step 1
+        prunable += ascending[: min(k, len(S) - 1)]
+    candidates, prunable = sorted(candidates), sorted(prunable)  # step 2
+    ranks = {name: len(S) for name, S in scores.items()}
+    for n in range(min(b, len(prunable)), 0, -1):
+        pruned = prunable[:n]  # step 3
+        grown = _place_growth(candidates, pruned, ranks, max_ranks, n)  # step 4
+        if len(grown) == n:
+            indices = {name: [] for *_, name in pruned}
+            for _, _, i, name in pruned:
+                indices[name] = sorted([*indices[name], i])
+            return indices, dict(Counter(grown))
     return {}, {}
 
 
+def _place_growth(candidates: Sequence[tuple], pruned: Sequence[tuple], ranks: Mapping[str, int],
+                  max_ranks: Mapping[str, int], n: int) -> list[str]:
+    """The matrices of the n highest retained candidates with room for a rank; fewer if need be."""
+    ranks, gone, grown = Counter(ranks), {*pruned}, []
+    ranks.subtract(name for *_, name in pruned)
+    for candidate in reversed(candidates):
+        *_, name = candidate
+        if candidate not in gone and ranks[name] < max_ranks[name] and len(grown) < n:
+            ranks[name] += 1
+            grown.append(name)
+    return grown
+
+
 def new_directions(present: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Algorithm 1's Gram-Schmidt: n <= d - r random orthonormal columns, (d, n), orthogonal to the
-    present ones, (d, r), be those orthonormal or not. In float64 on the CPU."""
+    """Algorithm 1's Gram-Schmidt: n random orthonormal columns, (d, n), orthogonal to the present
+    ones, (d, r), whether or not these are orthonormal. n <= d - r. In float64 on the CPU."""
     random = torch.randn(len(present), n, dtype=torch.float64, device="cpu", generator=generator)
     orthonormal, _ = torch.linalg.qr(torch.cat([present.cpu().double(), random], dim=1))
     return orthonormal[:, present.shape[1] :].to(present)  # the first r columns span the present
@@ -215,34 +240,45 @@ def new_directions(present: Tensor, n: int, generator: torch.Generator) -> Tenso
 @torch.no_grad()
 def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.Generator,
            states: Sequence[Mapping[Tensor, dict]]) -> None:
-    """Keeps the given ranks of a layer, in that order, appends n_new of singular value and score 0.
+    """Keeps the given ranks of a layer, in that order, and appends n_new new ones.
 
-    Parameters stay the same objects. What states (as optimizer.state) hold for them moves along to
-    the bit, 0 for new ranks: with the old step count, Adam's updates of those start up to 6.6 times
-    as long. ValueError, before any change, if a state is no scalar nor of its parameter's shape.
+    Ours: a new rank has a singular value of 0, so the output does not change, and a score of 0.
+    Parameters stay the same objects. What states, such as optimizer.state, hold for a retained rank
+    stays bit for bit; a new rank has zeros. Adam's step count stays as well, so its first updates
+    of a new rank can be up to 6.6 times as long as usual.
+
+    Raises ValueError, before any change, for a state of another shape than its parameter's.
     """
     factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
-    resized = [(w, state[w], key) for w in factors for state in states
-               for key, value in state.get(w, {}).items() if getattr(value, "ndim", 0)]
-    for w, slots, key in resized:
-        if slots[key].shape != w.shape:
-            raise ValueError(f"the optimizer's {key!r} has shape {list(slots[key].shape)}, its "
-                             f"parameter {list(w.shape)}; take one of like shapes, such as AdamW")
+    slots = _state_slots(layer, states)
     index = torch.tensor(keep, device=layer.Lambda.device)
     new_P = new_directions(layer.P[:, index], n_new, generator)
     new_Q = new_directions(layer.Q[index].T, n_new, generator).T
     new = dict(zip(factors, (new_P, new_P.new_zeros(n_new), new_Q)))
-    for w, slots, key in resized:
-        zeros = torch.zeros_like(new[w], dtype=slots[key].dtype)
-        slots[key] = torch.cat([slots[key].index_select(factors[w], index), zeros], factors[w])
+    for w, state, key in slots:
+        zeros = torch.zeros_like(new[w], dtype=state[key].dtype)
+        state[key] = torch.cat([state[key].index_select(factors[w], index), zeros], factors[w])
     for w, dim in factors.items():
         w.grad = None  # of the old shape
-        # Not through .data: the next backward would fail while a graph of before is alive.
+        # Not through .data: the next backward would fail while an earlier graph still exists.
         w.set_(torch.cat([w.index_select(dim, index), new[w]], dim))
 
 
+def _state_slots(layer: SVDLinear, states: Iterable[Mapping[Tensor, dict]]) -> list[tuple]:
+    """(parameter, its state, key) of all that has to be resized with a layer."""
+    slots = [(w, state[w], key) for w in (getattr(layer, factor) for factor in RANK_DIM)
+             for state in states for key, value in state.get(w, {}).items()
+             if getattr(value, "ndim", 0)]
+    for w, state, key in slots:
+        if state[key].shape != w.shape:
+            raise ValueError(
+                f"the optimizer's {key!r} has shape {list(state[key].shape)}, its parameter "
+                f"{list(w.shape)}; use an optimizer whose state has that shape, such as AdamW")
+    return slots
+
+
 # ---- Section 3.4: dynamic rank scheduler ----
-SHAPES = {  # progress (the paper's P) in 0..1 -> share of b
+SHAPES = {  # progress -> share of b
     "cubic": lambda progress: 1 - progress**3,  # eq. 5
     "linear": lambda progress: 1 - progress,
     "exponential": lambda progress: (
@@ -253,18 +289,21 @@ SHAPES = {  # progress (the paper's P) in 0..1 -> share of b
 
 @dataclass(frozen=True)
 class RankSchedule:
-    """Section 3.3's phases and 3.4's b^(t), in optimizer steps; ValueError if inconsistent."""
+    """The three phases of section 3.3 and b^(t) of section 3.4, in optimizer steps.
+
+    Raises ValueError if a number is out of range, or the phases do not fit into total_steps.
+    """
     total_steps: int
     warmup_steps: int  # ranks stay as they are in these first ...
     stabilize_steps: int  # ... and in these last steps
     adjust_interval: int  # the first adjustment is at warmup_steps + adjust_interval
-    b: int  # ranks that the first adjustments prune and add; 0 for none ever
+    b: int  # ranks that the first adjustments prune and add; 0: ranks never move
     shape: str = "cubic"
 
     def __post_init__(self) -> None:
         least = dict(total_steps=1, warmup_steps=0, stabilize_steps=0, adjust_interval=1, b=0)
         for name, minimum in least.items():
-            if not isinstance(value := getattr(self, name), int) or value < minimum:
+            if type(value := getattr(self, name)) is not int or value < minimum:
                 raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
         if self.warmup_steps + self.adjust_interval > self.search_end:
             raise ValueError(f"total_steps must hold warm-up, an interval, stabilization: {self}")
@@ -277,9 +316,7 @@ class RankSchedule:
         return self.total_steps - self.stabilize_steps
 
     def budget(self, step: int) -> int:
-        """b^(t) = b (1 - progress^3) at an adjustment (eq. 5), 0 at any other step.
-
-        progress is the share of the search that is done (the paper's P, eq. 4)."""
+        """b^(t) = round(b (1 - progress^3)) at an adjustment (eq. 4 and 5), 0 at any other step."""
         searched = step - self.warmup_steps
         if searched <= 0 or step > self.search_end or searched % self.adjust_interval:
             return 0
@@ -301,17 +338,19 @@ class Adjustment:
 class RankAllocator:
     """Algorithm 1: moves ranks between the matrices of an injected model while it trains.
 
-    The optimizer's state must have its parameters' shapes, as Adam's. For k see select(), for beta1
-    and beta2 eq. 3; seed is for new directions. ValueError if a number or the optimizer is wrong.
+    The state of the optimizer must have the shapes of its parameters, as Adam's has. k is
+    explained at select(), beta1 and beta2 at update_averages(). The seed decides new directions.
+    Raises ValueError if a number is out of range, or if the optimizer lacks an adapter's weights.
     """
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
                  k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0):
-        if not (isinstance(k, int) and k >= 1 and 0 < beta1 < 1 and 0 < beta2 < 1):
-            raise ValueError(f"k must be an int >= 1, betas in (0, 1): {k!r}, {beta1!r}, {beta2!r}")
+        if not (type(k) is int and k >= 1 and 0 < beta1 < 1 and 0 < beta2 < 1):
+            raise ValueError(f"k must be an integer >= 1 and betas in (0, 1), got {k!r}, {beta1!r}"
+                             f" and {beta2!r}")
         self.layers, self.optimizer, self.schedule = _adapted(model), optimizer, schedule
         self.k, self.beta1, self.beta2 = k, beta1, beta2
         self.optimized = {w for group in optimizer.param_groups for w in group["params"]}
-        self.factors = {f"{name}.{factor}": getattr(layer, factor)
+        self.factors = {_key(name, factor): getattr(layer, factor)
                         for name, layer in self.layers.items() for factor in RANK_DIM}
         self.averages = {}  # parameter -> name -> tensor, like optimizer.state
         for name, w in self.factors.items():
@@ -324,17 +363,14 @@ class RankAllocator:
             layer.steps = self.steps  # so that merge() can tell of steps to come
 
     def step(self) -> Adjustment | None:
-        """A turn of Algorithm 1's loop, once per optimizer.step(), after it and before zero_grad().
-        Returns what it adjusted, None where b^(t) = 0. ValueError if it has nothing to score."""
-        if self.t < self.schedule.search_end:  # from the first step, for averages to settle
-            if not (scored := [w for w in self.factors.values() if w.grad is not None]):
-                raise ValueError("no gradients: step() belongs between backward() and zero_grad()")
-            if any(self.averages[w]["I_bar"].shape != w.shape for w in scored):
-                raise ValueError("ranks were loaded, but not the allocator's own load_state_dict()")
-            gradients = [w.grad for w in self.optimized if w.grad is not None]
-            norms = torch._foreach_norm(gradients, math.inf)
-            if torch.stack(norms).isfinite().all():  # else GradScaler skipped the optimizer's step
-                update_averages(scored, self.averages, self.beta1, self.beta2)
+        """One iteration of Algorithm 1's loop; returns the adjustment, None where b^(t) = 0.
+
+        Call it once per optimizer step, after optimizer.step() and before zero_grad(). Raises
+        ValueError, before any change, if there is no gradient to score, or if the optimizer's state
+        cannot be resized. Ours: a step with a gradient that is not finite changes no score.
+        """
+        if self.t < self.schedule.search_end:  # from the first step, so that averages settle
+            self._update_averages()
         self.t = self.steps["done"] = self.t + 1
         if (b := self.schedule.budget(self.t)) == 0:
             return None
@@ -348,6 +384,19 @@ class RankAllocator:
                 resize(layer, keep, expanded.get(name, 0), self.generator,
                        (self.optimizer.state, self.averages))
         return Adjustment(self.t, b, pruned, expanded)
+
+    def _update_averages(self) -> None:
+        if not (scored := [w for w in self.factors.values() if w.grad is not None]):
+            raise ValueError(
+                "no gradients: call step() after optimizer.step() and before zero_grad()")
+        if any(self.averages[w]["I_bar"].shape != w.shape for w in scored):
+            raise ValueError("ranks were loaded, but not the allocator's own load_state_dict()")
+        if self.t == 0 or self.schedule.budget(self.t + 1):
+            for layer in self.layers.values():  # all of them, before any layer is resized
+                _state_slots(layer, [self.optimizer.state])
+        gradients = [w.grad for w in self.optimized if w.grad is not None]
+        if torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all():
+            update_averages(scored, self.averages, self.beta1, self.beta2)
 
     def importance(self) -> dict[str, Tensor]:
         """Module name -> S_i = s(Lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij), (rank,), float32."""
@@ -365,12 +414,16 @@ class RankAllocator:
         return {"step": self.t, "averages": averages, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Restores state_dict(), once load_adapter_state_dict() has restored the ranks. Raises
-        ValueError, and changes nothing, if modules or ranks differ."""
-        given = {name: average["I_bar"].shape for name, average in state["averages"].items()}
-        needed = {name: w.shape for name, w in self.factors.items()}
+        """Restores state_dict(), once load_adapter_state_dict() has restored the ranks.
+
+        Raises ValueError, before any change, if modules or ranks differ.
+        """
+        given = {(name, key): average.shape for name, averages in state["averages"].items()
+                 for key, average in averages.items()}
+        needed = {(name, key): w.shape for name, w in self.factors.items()
+                  for key in ("I_bar", "U_bar")}
         if wrong := sorted(dict(given.items() ^ needed.items())):
-            raise ValueError(f"{wrong[0]!r} does not fit; call load_adapter_state_dict() first")
+            raise ValueError(f"{wrong[0][0]!r} does not fit; call load_adapter_state_dict() first")
         for name, w in self.factors.items():
             saved = state["averages"][name]
             self.averages[w] = {key: saved[key].to(w.device, copy=True) for key in saved}
@@ -378,12 +431,15 @@ class RankAllocator:
         self.t = self.steps["done"] = state["step"]
 
 
-# ---- After training ----
+# ==== Around the method: merging, saving, exporting, checks =======================================
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Adds every update to its base weight, puts the frozen nn.Linear back; returns the model.
-    Raises ValueError, before any change, if a weight is not floating point but quantized."""
-    layers = _adapted(model, ended=True)
+
+    Raises ValueError, before any change, if a weight is not floating point but quantized.
+    """
+    layers = _adapted(model)
+    _warn_if_unfinished(layers)
     for name, layer in layers.items():
         if not (dtype := layer.base_layer.weight.dtype).is_floating_point:
             raise ValueError(f"{name!r} has a weight of {dtype}; dequantize it before merging")
@@ -400,7 +456,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of P, Lambda, Q, scaling of every adapted module, and all of every module_to_save."""
-    own = {f"{name}.{key}" for name in _adapted(model) for key in (*RANK_DIM, "scaling")}
+    own = {_key(name, key) for name in _adapted(model) for key in (*RANK_DIM, "scaling")}
     saved = tuple(f"{n}." for n, m in model.named_modules() if hasattr(m, "elalora_saved"))
     return {key: value.clone() for key, value in model.state_dict().items()
             if key in own or key.startswith(saved)}
@@ -408,16 +464,18 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Restores adapter_state_dict() into a model with the same modules injected, at any ranks.
-    Raises ValueError, before any change, if a tensor is missing, unknown or misshapen."""
+
+    Raises ValueError, before any change, if a tensor is missing, unknown or has a wrong shape.
+    """
     layers, present = _adapted(model), adapter_state_dict(model)
     if wrong := sorted(present.keys() ^ state.keys()):
         raise ValueError(f"missing in the state, or unknown to the model: {', '.join(wrong[:8])}")
     for name, layer in layers.items():
-        _check_layer(repr(name), layer.base_layer, state[f"{name}.Lambda"].numel())
+        _check_layer(repr(name), layer.base_layer, state[_key(name, "Lambda")].numel())
     for key, value in present.items():
         shape, (name, _, factor) = list(value.shape), key.rpartition(".")
         if name in layers and factor in RANK_DIM:
-            shape[RANK_DIM[factor]] = state[f"{name}.Lambda"].numel()
+            shape[RANK_DIM[factor]] = state[_key(name, "Lambda")].numel()
         if list(state[key].shape) != shape:
             raise ValueError(f"{key} has shape {list(state[key].shape)}, the model needs {shape}")
     model.load_state_dict(state, strict=False)
@@ -427,17 +485,21 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
 def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -> None:
     """Writes a LoRA adapter that peft.PeftModel.from_pretrained(base, directory) loads.
 
-    A is Q, B is P diag(Lambda), alpha is scaling r. What PEFT takes for saved modules, by any end
-    of a name, is written in whole. Raises ValueError for what it cannot name. Needs safetensors.
+    A is Q, B is P diag(Lambda), and alpha is scaling times rank. PEFT takes any module for a saved
+    one whose name ends like a saved one's: all of these are written in whole. Needs safetensors.
+    Raises ValueError for a layer that PEFT cannot name.
     """
     from safetensors.torch import save_file
-    layers, modules = _adapted(model, ended=True), dict(model.named_modules(remove_duplicate=False))
+    layers, modules = _adapted(model), dict(model.named_modules(remove_duplicate=False))
+    _warn_if_unfinished(layers)
     saved = [name for name, module in modules.items() if hasattr(module, "elalora_saved")]
     whole = [name for name in modules if name.endswith(tuple(saved))]
     lora = {n: m for n, m in layers.items() if not any(f"{n}.".startswith(f"{w}.") for w in whole)}
     if not lora or [n for n, m in modules.items() if n and isinstance(m, SVDLinear)] != [*layers]:
-        raise ValueError("PEFT cannot name a layer: it stands twice, or ends like a saved module")
-    source = model if lora == layers else merge(copy.deepcopy(model))
+        raise ValueError("PEFT cannot name a layer: it stands in two places, or its name ends like "
+                         "a saved module's")
+    with warnings.catch_warnings(action="ignore"):  # the same was said above
+        source = model if lora == layers else merge(copy.deepcopy(model))
     tensors = {f"{name}.lora_A.weight": layer.Q for name, layer in lora.items()}
     tensors |= {f"{name}.lora_B.weight": layer.P * layer.Lambda for name, layer in lora.items()}
     for name in whole:
@@ -454,3 +516,45 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
     (folder / "tmp-adapter_config.json").write_text(json.dumps(config, indent=1))
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         (folder / f"tmp-{file}").replace(folder / file)
+
+
+def _adapted(model: nn.Module) -> dict[str, SVDLinear]:
+    layers = {n: module for n, module in model.named_modules() if isinstance(module, SVDLinear)}
+    if not layers:
+        raise ValueError("the model has no SVDLinear; call inject(model, ...) first")
+    for name, layer in layers.items():
+        _check_layer(repr(name), layer.base_layer, layer.rank)
+    return layers
+
+
+def _key(name: str, factor: str) -> str:
+    return f"{name}.{factor}" if name else factor  # no name: the model itself is an SVDLinear
+
+
+def _matching(model: nn.Module, names: Sequence[str], argument: str) -> dict[str, nn.Module]:
+    if isinstance(names, str):
+        raise ValueError(f"{argument} must be a list of names, got the string {names!r}")
+    modules, found = dict(model.named_modules()), set()
+    for wanted in names:
+        if not (matches := {n for n in modules if n and f".{n}".endswith(f".{wanted}")}):
+            linear = [name for name in modules if isinstance(modules[name], nn.Linear)]
+            raise ValueError(f"{argument}: {wanted!r} matches no module; linear: {linear[-8:]}")
+        found |= matches
+    return {name: module for name, module in modules.items() if name in found}
+
+
+def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{name} must be an nn.Linear, not a {type(layer).__name__}")
+    if hasattr(layer.weight, "to_local") or layer.weight.dim() != 2:  # a DTensor, a flat shard
+        raise ValueError(f"{name} is sharded (FSDP, ZeRO-3); use DistributedDataParallel instead")
+    limit = min(layer.out_features, layer.in_features)
+    if type(rank) is not int or not 1 <= rank <= limit:  # bools are rejected too
+        raise ValueError(f"the rank of {name} must be an integer in 1..{limit}, got {rank!r}")
+
+
+def _warn_if_unfinished(layers: Mapping[str, SVDLinear]) -> None:
+    steps = next(iter(layers.values())).steps
+    if steps["done"] < steps["due"]:
+        warnings.warn("ranks were to move until step {due}, but RankAllocator.step() was called "
+                      "{done} times".format(**steps), stacklevel=4)

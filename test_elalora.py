@@ -665,16 +665,31 @@ def test_kept_ranks_keep_their_state_bit_for_bit(optimizer, options, keep, n_new
     train_step(model, optimizer)
 
 
-def test_an_optimizer_with_state_of_other_shapes_is_refused_and_nothing_changes():
-    """Adafactor factors its second moment, so the first adjustment moves no rank."""
+def test_an_unsuitable_optimizer_is_refused_at_the_first_step_and_nothing_changes():
+    """Adafactor factors its second moment: that is said long before an adjustment is due."""
     model = adapted_net()
-    optimizer, allocator = training(model, optimizer=torch.optim.Adafactor)
+    schedule = RankSchedule(100, 50, 10, 10, 2)
+    optimizer, allocator = training(model, schedule=schedule, optimizer=torch.optim.Adafactor)
     loss_of(model).backward()
     optimizer.step()
-    before = copy.deepcopy((adapter_state_dict(model), optimizer.state_dict()))
+    before = copy.deepcopy((adapter_state_dict(model), allocator.state_dict()))
     with pytest.raises(ValueError, match="'row_var' has shape .* such as AdamW"):
         allocator.step()
-    assert_same((adapter_state_dict(model), optimizer.state_dict()), before)
+    assert_same((adapter_state_dict(model), allocator.state_dict()), before)
+
+
+def test_an_adjustment_that_cannot_be_made_in_all_layers_is_made_in_none():
+    """State of a wrong shape in any layer is found before the first layer is resized."""
+    model = adapted_net()
+    optimizer, allocator = training(model, b=4, schedule=RankSchedule(10, 0, 0, 2, 4))
+    train_step(model, optimizer, allocator)
+    last = list(allocator.layers.values())[-1]
+    optimizer.state[last.P]["exp_avg"] = torch.zeros(3)
+    loss_of(model).backward()
+    before = copy.deepcopy((adapter_state_dict(model), allocator.state_dict()))
+    with pytest.raises(ValueError, match="'exp_avg' has shape"):
+        allocator.step()
+    assert_same((adapter_state_dict(model), allocator.state_dict()), before)
 
 
 # ---- Section 3.4: the schedule ----
@@ -733,6 +748,7 @@ def test_the_other_shapes_are_their_formulas():
         ((10, 1, 5, 5, 1), None),  # no room for an interval
         ((10, 20, 5, 1, 1), None),
         ((10.5, 1, 5, 1, 2), None),
+        ((10, True, 5, 1, 2), None),
         ((10, -1, 5, 1, 1), None),
         ((10, 1, -5, 1, 1), None),
         ((10, 1, 5, 0, 1), None),
@@ -892,7 +908,7 @@ def test_averages_move_until_the_search_ends_and_steps_are_counted_on():
 def test_a_step_without_any_gradient_is_an_error_that_counts_for_nothing():
     """step() after zero_grad() says where it belongs and leaves the allocator as it was."""
     _, allocator = training(adapted_net())
-    with pytest.raises(ValueError, match="between backward.. and zero_grad"):
+    with pytest.raises(ValueError, match="after optimizer.step.. and before zero_grad"):
         allocator.step()
     assert allocator.t == 0
 
@@ -904,6 +920,7 @@ def test_a_step_without_any_gradient_is_an_error_that_counts_for_nothing():
          "the optimizer does not hold 'layers.0.query.P'"),
         (lambda model: dict(k=0), None),
         (lambda model: dict(k=1.5), None),
+        (lambda model: dict(k=True), None),
         (lambda model: dict(beta1=1.0), None),
         (lambda model: dict(beta2=0.0), None),
     ],
@@ -985,6 +1002,11 @@ def test_an_allocator_takes_no_state_of_other_ranks_or_modules():
         with pytest.raises(ValueError):
             fresh.load_state_dict(allocator.state_dict())
         assert_same(fresh.state_dict(), before)
+    halved = copy.deepcopy(before := allocator.state_dict())
+    del halved["averages"]["layers.0.query.P"]["U_bar"]
+    with pytest.raises(ValueError):
+        allocator.load_state_dict(halved)
+    assert_same(allocator.state_dict(), before)
 
 
 # ---- Life around the allocator ----
@@ -1206,6 +1228,16 @@ def test_a_bare_layer_merges_into_its_base():
     y = layer(x)
     assert merge(layer) is layer.base_layer
     torch.testing.assert_close(layer.base_layer(x), y)
+
+
+def test_a_bare_layer_saves_and_restores_its_adapter():
+    """A model that is an SVDLinear itself has an adapter state, at any rank."""
+    layer, other = (SVDLinear(nn.Linear(6, 5), rank) for rank in (3, 1))
+    randomize(layer)
+    state = adapter_state_dict(layer)
+    assert state.keys() == {"P", "Lambda", "Q", "scaling"}
+    load_adapter_state_dict(other, state)
+    assert torch.equal(other.delta_weight(), layer.delta_weight()) and other.rank == 3
 
 
 def test_merging_leaves_a_tied_weight_alone():
@@ -1514,6 +1546,24 @@ def test_exporting_warns_of_a_search_that_did_not_end(tmp_path):
         export_peft(model, tmp_path, "base")
     assert [warning.filename for warning in told] == [__file__]
     assert_same(adapter_state_dict(model), before)
+
+
+def test_exporting_warns_once_where_an_adapted_layer_is_saved_in_whole(tmp_path):
+    """PEFT takes inner.head for the saved head: merging the layer in it adds no warning."""
+    pytest.importorskip("safetensors")
+    model = nn.ModuleDict(
+        dict(
+            inner=nn.ModuleDict(dict(head=nn.ModuleDict(dict(query=nn.Linear(4, 4))))),
+            head=nn.Linear(4, 2),
+            query=nn.Linear(4, 4),
+        )
+    )
+    inject(model, ["query"], 2)
+    model["head"].requires_grad_(True).elalora_saved = True
+    training(model, schedule=RankSchedule(10, 0, 1, 1, 1))
+    with pytest.warns(UserWarning, match="until step 9") as warned:
+        elalora.export_peft(model, tmp_path, "base")
+    assert len(warned) == 1 and warned[0].filename == __file__
 
 
 # ---- The method ----

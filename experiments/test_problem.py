@@ -48,11 +48,11 @@ def test_set_replaces_values_and_keeps_their_types():
     assert type(recipe.b) is type(recipe.warmup) is int and type(recipe.beta1) is float
 
 
-@pytest.mark.parametrize("setting", ["ranks=3", "paper=1", "epochs=2", "__class__=1", "b", ""])
+@pytest.mark.parametrize("setting", ["ranks=3", "paper=1", "epochs=2", "__class__=1", "b 1", ""])
 def test_what_is_no_setting_is_refused_with_all_that_are(setting):
-    """So is a setting without a value."""
-    expected = f"--set {setting}: " + ("invalid" if setting == "b" else ".*".join(SETTINGS))
-    with pytest.raises(ValueError, match=expected.replace(": ", ": .*", 1)):
+    """Epochs have an argument of their own; the paper's results are no setting."""
+    message = f"--set {setting}: takes NAME=VALUE of {', '.join(SETTINGS)}"
+    with pytest.raises(ValueError, match=message):
         configured(setting)
 
 

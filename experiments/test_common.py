@@ -1,0 +1,134 @@
+"""The laws of experiments/common.py: batches, losses and predictions, in one process or several."""
+
+import contextlib
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from torch import distributed, nn
+from transformers import BatchEncoding
+
+from experiments import common
+from experiments import problem as shared
+from experiments.problem import Config
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Makes this process the one of that number, of so many."""
+
+    def become(process, processes):
+        monkeypatch.setattr(shared, "PROCESS", process)
+        monkeypatch.setattr(shared, "PROCESSES", processes)
+
+    return become
+
+
+def epoch(size, number=1, seed=0):
+    config = Config("rte", "elalora", 4, seed)
+    return [*common.epoch_batches(range(size), 6, config, number, lambda rows: rows)]
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
+    """Whatever was drawn before, an epoch's batches are the same; other epochs and seeds differ."""
+    torch.manual_seed(0)
+    first = epoch(20)
+    torch.manual_seed(1)
+    assert epoch(20) == first and sorted(sum(first, [])) == [*range(20)]
+    assert epoch(20, number=2) != first and epoch(20, seed=1) != first
+
+
+@pytest.mark.parametrize("size, count", [(10, 1), (10, 2), (11, 2), (12, 3)])
+def test_the_shares_of_the_processes_join_to_the_batches_of_one(size, count, processes):
+    """Batch by batch; rows that are missing from equal shares are filled up with others."""
+    whole, shares = epoch(size), []
+    for process in range(count):
+        processes(process, count)
+        shares.append(epoch(size))
+    for expected, *parts in zip(whole, *shares, strict=True):
+        assert len({len(part) for part in parts}) == 1
+        joined = sum(parts, [])
+        assert {*joined} >= {*expected} and len(joined) - len(expected) < count
+
+
+def test_the_held_out_tenth_is_the_same_for_every_seed():
+    """It and the rest are all rows, each once."""
+    torch.manual_seed(0)
+    rest, tenth = common.hold_out(range(57))
+    torch.manual_seed(1)
+    assert [*common.hold_out(range(57))[1]] == [*tenth] != [*range(5)]
+    assert len(tenth) == 5 and sorted([*rest, *tenth]) == [*range(57)]
+
+
+def test_a_batch_is_split_into_chunks_of_like_length():
+    """On a CPU into four, the shortest rows first; on a GPU it stays one."""
+    rows = [dict(input_ids=[0] * n) for n in (5, 1, 12, 4, 2, 8, 11, 7, 3, 6, 10, 9)]
+    chunks = common.by_length(rows, lambda rows: [len(row["input_ids"]) for row in rows])
+    n = 3 if shared.DEVICE == "cpu" else 12
+    assert chunks == [[*range(i, i + n)] for i in range(1, 13, n)]
+
+
+def test_the_loss_is_the_mean_over_all_labels_of_all_processes(monkeypatch):
+    """However rows with unlike numbers of labels are shared by processes, and by their chunks."""
+    torch.manual_seed(0)
+    scores = nn.Linear(5, 7).to(shared.DEVICE)
+    rows = [torch.randint(7, (n,)) for n in (1, 9, 2, 5, 3, 3)]
+
+    def model(x, labels):
+        loss = nn.functional.cross_entropy(scores(x).flatten(0, 1), labels.flatten())  # not of -100
+        return SimpleNamespace(loss=loss)
+
+    def chunk(rows):
+        labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+        return BatchEncoding(dict(x=torch.sin(labels[..., None] + torch.arange(5.0)), labels=labels))
+
+    config, counts = Config("rte", "elalora", 4, 0), []
+    whole = common.mean_loss(model, [chunk(rows)], config)
+    expected = torch.autograd.grad(whole, scores.weight)
+    monkeypatch.setattr(common, "mean_of_processes", lambda n: counts.append(int(n)) or 23 / 2)
+    losses = [
+        common.mean_loss(model, [chunk(rows) for rows in share], config)
+        for share in ([rows[:1], rows[1:3]], [rows[3:5], rows[5:]])
+    ]
+    assert counts == [12, 11]
+    torch.testing.assert_close(sum(losses) / 2, whole)
+    torch.testing.assert_close(torch.autograd.grad(sum(losses) / 2, scores.weight), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_predictions_are_in_the_order_of_the_rows(count, processes, monkeypatch):
+    """One for each row in every process, by however many processes they were made."""
+    made = []
+
+    def record(shares, own):
+        made.append(own)
+        raise EOFError
+
+    def exchange(shares, own):
+        shares[:] = made
+
+    config, found = Config("rte", "elalora", 4, 0), []
+    squares = lambda batch: [i * i for i in batch]
+    for gather in (record, exchange):
+        monkeypatch.setattr(distributed, "all_gather_object", gather)
+        for process in range(count):
+            processes(process, count)
+            with contextlib.suppress(EOFError):
+                found.append(common.predictions(range(11), 3, squares, lambda rows: rows, config))
+    assert found[-count:] == [[i * i for i in range(11)]] * count
+
+
+def test_a_hub_data_set_with_a_loading_script_is_read_from_its_conversion(monkeypatch):
+    """Such scripts are not run any more; the hub keeps a copy without one."""
+    rows, asked = {"train": datasets.Dataset.from_dict({"a": [1]})}, []
+
+    def load_dataset(source, task, revision=None):
+        asked.append((source, task, revision))
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported")
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert common.load_splits(None, "hub/name", None, ["a"], ["train"]) == [rows["train"]]
+    assert asked == [("hub/name", None, None), ("hub/name", None, "refs/convert/parquet")]
