@@ -498,7 +498,7 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
     if not lora or [n for n, m in modules.items() if n and isinstance(m, SVDLinear)] != [*layers]:
         raise ValueError("PEFT cannot name a layer: it stands in two places, or its name ends like "
                          "a saved module's")
-    with warnings.catch_warnings(action="ignore"):  # the same was said above
+    with warnings.catch_warnings(action="ignore"):  # already warned above
         source = model if lora == layers else merge(copy.deepcopy(model))
     tensors = {f"{name}.lora_A.weight": layer.Q for name, layer in lora.items()}
     tensors |= {f"{name}.lora_B.weight": layer.P * layer.Lambda for name, layer in lora.items()}

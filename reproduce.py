@@ -7,11 +7,11 @@
     python reproduce.py --method elalora lora adalora --seeds 0 1 2 3 4   # ends in a table
     torchrun --nproc-per-node 2 reproduce.py --task mrpc   # the same batches, shared by two GPUs
 
-A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, ranks.png, importance.png, peft/,
+A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, ranks.png, scores.png, peft/,
 adapter.safetensors; and checkpoint.pt after every epoch, for --resume. All runs of a task in
-OUTPUT_DIR are compared in table.md and scores.png. Tables, figures, equations: arXiv:2504.00254.
-Where it is silent: the learning rate rises for 10% of the run and falls to 0, linearly; gradients
-clipped to norm 1; no weight decay; the model's own dropout.
+OUTPUT_DIR are compared in OUTPUT_DIR/README.md, with figures. Tables, figures and equations are
+those of arXiv:2504.00254. Where it is silent, the learning rate rises for 10% of the run and falls
+linearly to 0, gradients are clipped to norm 1, and there is no weight decay.
 """
 
 import argparse
@@ -45,12 +45,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "datasets.load_dataset reads; VTAB: vtab-1k.zip, or its folder vtab-1k")
     add("--epochs", type=int, help="default: the table's; phases keep their shares of the run")
     add("--method", choices=METHODS, nargs="+", default=["elalora"],
-        help="svd: ElaLoRA with b = 0; final: svd at the ranks with which the elalora run of the\n"
-        "same rank and seed ended; shuffled: at those, shuffled; lora, adalora: PEFT's")
+        help="svd: ElaLoRA whose ranks never move (b = 0), so even ranks\n"
+        "final: svd that starts with the ranks which the elalora run of this seed ended with\n"
+        "shuffled: like final, with these ranks shuffled over the matrices\n"
+        "lora, adalora: PEFT's")
     add("--targets", nargs="+", default=[""], metavar="NAME",
         help="adapt only matrices whose names end so; default: all that the paper adapts")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-        help="in place of the recipe's: see Recipe in experiments/problem.py")
+        help="replaces a setting, such as learning_rate=1e-3, b=2 or lambda_rate=10;\n"
+        "all are explained at Recipe in experiments/problem.py")
     add("--holdout", action="store_true",
         help="for choosing settings: evaluate a tenth of GLUE's training split, XSum's\n"
         "validation split, VTAB's val200, and not what results are reported on")
@@ -83,7 +86,6 @@ import os
 import random
 import shlex
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -98,8 +100,9 @@ from torch import Tensor, distributed, nn
 
 import elalora
 from experiments import problem as shared
-from experiments import report
+from experiments import figures, report
 from experiments.baselines import BASELINES
+from experiments.common import check_files, warn_of_slow_bfloat16
 from experiments.problem import (
     DEVICE, Config, Problem, Recipe, check_alike, mean_of_processes, recipe_of, seed_of, trained,
     versions)
@@ -127,7 +130,7 @@ STATEFUL = ("optimizer", "scheduler", "allocator")
 
 def prepare(problem: Problem, config: Config, recipe: Recipe,
             ranks: dict[str, int] | None = None) -> Training:
-    """Adapts the model, by default at the same rank everywhere."""
+    """Adapts the model, by default with config.rank in every matrix; makes the optimizer."""
     total = recipe.epochs * problem.steps_per_epoch
     b = recipe.b if config.method == "elalora" else 0
     schedule = elalora.RankSchedule(
@@ -181,7 +184,7 @@ def train_step(problem: Problem, batch: object, training: Training,
 
 def train(problem: Problem, config: Config, recipe: Recipe, ranks: dict[str, int] | None,
           checkpoint: Path) -> tuple:
-    """All epochs, or those after the checkpoint; returns the allocator and the log."""
+    """Trains all epochs that the checkpoint does not have; returns the allocator and the log."""
     training = prepare(problem, config, recipe, ranks)
     allocator, log = training.allocator, dict(seconds=0.0, history=[], adjustments=[], scores={})
     if checkpoint.exists():
@@ -190,7 +193,7 @@ def train(problem: Problem, config: Config, recipe: Recipe, ranks: dict[str, int
     with tqdm.tqdm(desc=f"{config.task} {config.method} {config.seed}", initial=allocator.t,
                    total=schedule.total_steps, mininterval=1, disable=shared.PROCESS > 0) as bar:
         for epoch in range(len(log["history"]) + 1, recipe.epochs + 1):
-            if log["history"]:  # after the checkpoint: what was cut short is evaluated again
+            if log["history"]:  # only now: the checkpoint is safe if the evaluation is killed
                 evaluate(problem, recipe, log)
             torch.manual_seed(seed_of(config, epoch) * shared.PROCESSES + shared.PROCESS)  # dropout
             problem.model.train()
@@ -223,7 +226,7 @@ def train(problem: Problem, config: Config, recipe: Recipe, ranks: dict[str, int
 
 
 def evaluate(problem: Problem, recipe: Recipe, log: dict) -> None:
-    """Adds the metrics to the log of the epoch that ended."""
+    """Adds the metrics to the last epoch of the log."""
     problem.model.eval()
     epoch = log["history"][-1]
     epoch["metrics"] = problem.evaluate(epoch["epoch"] == recipe.epochs)
@@ -240,7 +243,7 @@ def restore(path: Path, config: Config, model: nn.Module, training: Training) ->
         training.load_state_dict(saved)
         return saved["log"]
     except Exception as error:  # a broken file makes torch.load raise all kinds
-        raise ValueError(f"{path} is no checkpoint of this run, delete it to start anew "
+        raise ValueError(f"{path} is no checkpoint of this run, delete it to start again "
                          f"({type(error).__name__}: {error})") from None
 
 
@@ -254,7 +257,7 @@ def folder_name(config: Config) -> str:
 
 
 def rank_map(config: Config, folder: Path) -> dict[str, int] | None:
-    """The ranks with which the ElaLoRA run beside this one ended, or those shuffled."""
+    """The final ranks of the ElaLoRA run beside this one, shuffled if the method says so."""
     if config.method not in ("final", "shuffled"):
         return None
     source = replace(config, method="elalora")
@@ -268,7 +271,7 @@ def rank_map(config: Config, folder: Path) -> dict[str, int] | None:
 
 
 def papers_result(config: Config, recipe: Recipe) -> dict[str, float]:
-    """ElaLoRA's in the paper, if this run is set up as that was."""
+    """ElaLoRA's result in the paper, if this run has the paper's model and settings; else {}."""
     model, _ = FAMILIES[FAMILY_OF[config.task]]
     by_rank = family_of(config).RECIPES[config.task]
     as_paper = replace(config, method="elalora", model=model, targets=[""], set=[], holdout=False)
@@ -311,41 +314,28 @@ def write_folder(folder: Path, config: Config, problem: Problem, allocator, resu
         adapter = elalora.adapter_state_dict(problem.model)
         report.write(folder / "adapter.safetensors", lambda path: save_file(adapter, path))
     planted = {"planted": problem.planted_ranks} if problem.planted_ranks else {}
-    maps = planted | {"found": results["ranks"]}
-    scores = {f"after step {step}": S for step, S in results["scores"].items()}
-    report.write(folder / "ranks.png", lambda path: report.plot_ranks(maps, path))
-    report.write(folder / "importance.png", lambda path: report.plot_scores(scores, path))
+    maps = {f"ranks {name}, total {sum(ranks.values())}": report.grid(ranks)
+            for name, ranks in (planted | {"found": results["ranks"]}).items()}
+    scores = {f"after step {step}": report.log_scores(S)
+              for step, S in results["scores"].items() if S}  # LoRA has none
+    report.write(folder / "ranks.png", lambda path: figures.heatmaps(maps, path))
+    if scores:
+        report.write(folder / "scores.png", lambda path: figures.distributions(scores, path))
     text = json.dumps(results, indent=1)
     report.write(folder / "results.json", lambda path: path.write_text(text))
     (folder / "checkpoint.pt").unlink()
 
 
 # ---- The command ----
-def check_files(args: argparse.Namespace, folders: list[Path]) -> None:
-    """Names what is missing, or cannot be written, before anything is loaded."""
-    for folder in folders:
-        while not os.path.lexists(folder):
-            folder = folder.parent
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise ValueError(f"--output-dir: cannot write in {folder}: {error.strerror}") from None
-    local = args.model and (args.model.startswith((".", "/", "~")) or Path(args.model).exists())
-    if local and not Path(args.model, "config.json").is_file():
-        raise ValueError(f"--model: {args.model} is no folder with a config.json")
-    if args.data_dir and not Path(args.data_dir).is_dir():
-        raise ValueError(f"--data-dir: {args.data_dir} is no folder")
-
-
 def check_arguments(had: dict, config: Config) -> None:
-    """ValueError unless a run that is there already was asked for in the same way."""
+    """Raises ValueError if an existing run was asked for with other arguments."""
     for name, wanted in asdict(config).items():
         if had.get(name) != wanted:
             raise ValueError(f"it has {name} {had.get(name)}, not {wanted}")
 
 
 def earlier(config: Config, folder: Path, resume: bool) -> dict | None:
-    """The results of the run, if it is finished; an error if the folder holds a different one."""
+    """The results of a finished run, else None. ValueError if the folder holds another run."""
     if not (path := folder / "results.json").exists():
         if (folder / "checkpoint.pt").exists() and not resume:
             raise ValueError(f"{folder} has an unfinished run: --resume goes on with it")
@@ -359,14 +349,14 @@ def earlier(config: Config, folder: Path, resume: bool) -> dict | None:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Every method at every rank with every seed, but those that are finished."""
+    """Runs every method at every rank with every seed, but skips what is finished."""
     runs = {}
     for method, rank, seed in itertools.product(METHODS, args.rank, args.seeds):
         if method in args.method:
             config = Config(args.task, method, rank, seed, args.model, args.data_dir, args.epochs,
                             args.targets, args.set, args.holdout, args.dtype, shared.PROCESSES)
             runs[Path(args.output_dir, folder_name(config))] = config
-    check_files(args, [*runs])
+    check_files(args.model, args.data_dir, [*runs])
     for config in runs.values():
         recipe = recipe_of(family_of(config).RECIPES[config.task], config)
         if recipe.batch_size % shared.PROCESSES:
@@ -375,21 +365,13 @@ def run_all(args: argparse.Namespace) -> None:
     known = [earlier(config, folder, args.resume) for folder, config in runs.items()]
     if "elalora" not in args.method:
         for folder, config in runs.items():
-            rank_map(config, folder)  # an error now, if those runs are missing
-    warn_of_slow_bfloat16(args)
+            rank_map(config, folder)  # raises now, not after hours, if a run is missing
+    warn_of_slow_bfloat16(args.dtype)
     for (folder, config), results in zip(runs.items(), known):
         print(*report.describe(results or run(config, folder)), sep="\n")
         print(f"  {'finished before: ' if results else 'written: '}{folder}", flush=True)
     if shared.PROCESS == 0 and (tables := report.compare(Path(args.output_dir), asdict(config))):
         print(tables)
-
-
-def warn_of_slow_bfloat16(args: argparse.Namespace) -> None:
-    if args.dtype == "bfloat16" and DEVICE == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        if not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
-            print("reproduce.py: warning: this CPU has no instructions for bfloat16, which may be "
-                  "20 times slower here than float32", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

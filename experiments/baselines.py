@@ -1,4 +1,4 @@
-"""What ElaLoRA is compared with: PEFT's LoRA and AdaLoRA, and a frozen model's passes alone.
+"""What ElaLoRA is compared with: PEFT's LoRA and AdaLoRA, and a frozen model.
 
 Each class has RankAllocator's methods, so that the training loop need not know which one it has.
 Updates are scaled by alpha / rank in all of them.
@@ -97,7 +97,7 @@ class AdaLoRA(LoRA):
         return {name: sum(kept) for name, kept in self.kept.items()}
 
     def importance(self) -> dict[str, Tensor]:
-        """The scores of the ranks that it kept, which are those of eq. 2 and 3."""
+        """The scores of the ranks that it kept, by eq. 2 and 3, as ElaLoRA's."""
         score = self.tuner._element_score
         return {n: (score(f"{n}.lora_E.default")[:, 0]
                     + score(f"{n}.lora_A.default").mean(dim=1)
@@ -116,7 +116,7 @@ class AdaLoRA(LoRA):
 
 
 class Frozen:
-    """The floor of the benchmark: passes from the embeddings to the loss and back, heads train."""
+    """The floor of the benchmark: forward and backward passes, in which only the heads train."""
     penalty, averages = None, {}
 
     def __init__(self, problem: Problem, config: Config, recipe: Recipe, schedule: RankSchedule):

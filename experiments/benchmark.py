@@ -14,6 +14,7 @@ import json
 import math
 import random
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,7 @@ from torch import nn
 import elalora
 import reproduce
 from experiments import glue, report
-from experiments.common import matrices, pretrained
+from experiments.common import check_files, matrices, pretrained
 from experiments.problem import DEVICE, Config, Problem, Recipe, autocast, trained, versions
 
 ROUNDS, INTERVAL, TEXTS, TOKENS = 40, 5, 8, 128
@@ -141,7 +142,7 @@ def growth(config: Config) -> pandas.DataFrame:
 
 
 def benchmark(config: Config, folder: Path) -> str:
-    """Measures, writes table.md and results.json into the folder, returns the tables."""
+    """Measures, writes results.json, README.md and cost.png, returns the tables."""
     make, problems, recipe = random_tokens, {}, TIMED
     if config.task:
         family = reproduce.family_of(config)
@@ -157,15 +158,14 @@ def benchmark(config: Config, folder: Path) -> str:
         {m: memory_rise(lambda: timed_step(problems[m], batch, trainings[m])) for m in problems})
     ratios = pandas.DataFrame(ratios | inference_ratios(problems))
     ratios, grown = ratios.quantile([0.25, 0.5, 0.75]).T, growth(config)
-    text = "\n\n".join(table.to_markdown(floatfmt=".4g") for table in (costs.T, ratios, grown))
-    results = dict(costs=costs.to_dict("index"), ratios=ratios.to_dict("index"),
-                   growth=grown.to_dict("records"), arguments=vars(config),
-                   versions=versions(), rounds=ROUNDS, texts=TEXTS, tokens=TOKENS,
-                   recipe=vars(TIMED))
-    report.write(folder / "table.md", lambda path: path.write_text(f"{text}\n"))
+    results = dict(
+        costs=costs.to_dict("index"), ratios=ratios.to_dict("index"),
+        growth=grown.to_dict("records"), arguments=vars(config), versions=versions(),
+        command=shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
+        rounds=ROUNDS, texts=TEXTS, tokens=TOKENS, recipe=vars(TIMED))
     content = json.dumps(results, indent=1)
     report.write(folder / "results.json", lambda path: path.write_text(content))
-    return text
+    return report.costs(folder)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        reproduce.check_files(args, [folder])
+        check_files(args.model, args.data_dir, [folder])
         config = Config(args.task, "elalora", args.rank, 0, args.model, args.data_dir,
                         dtype=args.dtype)
         text = benchmark(config, folder)

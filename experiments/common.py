@@ -1,8 +1,13 @@
-"""What GLUE, XSum and VTAB share: pre-trained models, data sets, batches, predictions."""
+"""What GLUE, XSum and VTAB share: checks, pre-trained models, data sets, batches, predictions."""
 
+import hashlib
 import math
+import os
 import random
+import sys
+import tempfile
 from collections.abc import Callable, Sequence, Sized
+from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
@@ -10,6 +15,32 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from experiments import problem as shared
 from experiments.problem import DEVICE, Config, autocast, chosen, mean_of_processes, seed_of
+
+
+# ---- What a command checks first ----
+def check_files(model: str | None, data_dir: str | None, folders: list[Path]) -> None:
+    """Raises ValueError for what is missing or cannot be written, before anything is loaded."""
+    for folder in folders:
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(f"--output-dir: cannot write in {folder}: {error.strerror}") from None
+    local = model and (model.startswith((".", "/", "~")) or Path(model).exists())
+    if local and not Path(model, "config.json").is_file():
+        raise ValueError(f"--model: {model} is no folder with a config.json")
+    if data_dir and not Path(data_dir).is_dir():
+        raise ValueError(f"--data-dir: {data_dir} is no folder")
+
+
+def warn_of_slow_bfloat16(dtype: str | None) -> None:
+    """Says on stderr if a CPU without instructions for bfloat16 is to compute in it."""
+    if dtype == "bfloat16" and DEVICE == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        if not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+            print("warning: this CPU has no instructions for bfloat16; it may be 20 times slower "
+                  "here than float32", file=sys.stderr)
 
 
 # ---- Models ----
@@ -44,10 +75,15 @@ def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Seque
     Raises ValueError if a folder cannot be read, or if a split or column is missing or empty.
     """
     import datasets
-    source = data_dir or hub
+    source, cache = data_dir or hub, None
+    if data_dir:  # datasets' own cache knows a folder by its name, and not by its files
+        files = sorted((str(path), path.stat().st_mtime_ns)
+                       for path in Path(data_dir).resolve().rglob("*"))
+        digest = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+        cache = Path(datasets.config.HF_DATASETS_CACHE, digest)
     try:
         try:
-            loaded = datasets.load_dataset(source, task)
+            loaded = datasets.load_dataset(source, task, cache_dir=cache)
         except RuntimeError:  # of a hub repository that still has a loading script
             loaded = datasets.load_dataset(source, task, revision="refs/convert/parquet")
     except Exception as error:  # broken files raise all kinds
@@ -67,7 +103,7 @@ def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Seque
 
 
 def hold_out(rows: Sized) -> tuple[Subset, Subset]:
-    """The same random tenth of the training split for every seed: (the rest, the tenth)."""
+    """Splits the training split: (nine tenths, one tenth), at random but alike for every seed."""
     order = random.Random(0).sample(range(len(rows)), len(rows))
     return Subset(rows, order[len(rows) // 10 :]), Subset(rows, order[: len(rows) // 10])
 
@@ -81,8 +117,8 @@ def epoch_batches(rows: Sized, batch_size: int, config: Config, epoch: int,
 
 
 def by_length(rows: list[dict], pad: Callable[[list[dict]], dict]) -> list[dict]:
-    """A batch of texts as chunks of like length. On a CPU that needs less padding, so less time,
-    for the same loss."""
+    """A batch of texts as chunks of similar length. On a CPU this saves padding, so time. The mean
+    loss over the chunks is that of the batch."""
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
     size = math.ceil(len(rows) / (4 if DEVICE == "cpu" else 1))
     return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]

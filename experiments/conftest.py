@@ -93,7 +93,7 @@ def rte_rows(n):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with "deberta", a model like microsoft/deberta-v3-base, and "glue", RTE and STS-B."""
+    """A folder with deberta/, a model like microsoft/deberta-v3-base, and glue/, RTE and STS-B."""
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
     root = tmp_path_factory.mktemp("tiny")

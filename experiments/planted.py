@@ -1,8 +1,8 @@
 """The problem whose answer is known: ranks planted in random matrices, to be found again.
 
-72 frozen random matrices W0, named as those of DeBERTa, each have to become W0 + Delta*, where
-Delta* has a known rank. With as many ranks to spend as 4 for each matrix, Eckart and Young give the
-least residual |W - W0 - Delta*|^2 / |Delta*|^2 of any even allocation, and of the best one.
+There are 72 frozen random matrices W0, with the names of DeBERTa's. Each has to become W0 + Delta*,
+where Delta* has a known rank. With 4 ranks per matrix to spend, Eckart and Young give the least
+residual |W - W0 - Delta*|^2 / |Delta*|^2 of any even allocation, and of the best one.
 """
 
 from collections.abc import Iterable
@@ -24,13 +24,13 @@ PLANTED = {f"deberta.encoder.layer.{i}.{kind}": r for i in range(12) for kind, r
 
 
 def singular_values(rank: int) -> Tensor:
-    """Those of Delta*, (rank,)."""
+    """The singular values of Delta*, (rank,)."""
     return torch.linspace(1, 0.5, rank)
 
 
 def bounds(rank: int, names: Iterable[str]) -> tuple[float, float]:
-    """Least residuals (Eckart-Young), where only matrices of these names are adapted: of `rank`
-    in each of them, and of any ranks >= 1 of the same sum."""
+    """The least residuals (Eckart-Young) if only the matrices of these names are adapted: with
+    `rank` in each of them, and with the best ranks >= 1 of that sum."""
     squares = {name: singular_values(r).square() for name, r in PLANTED.items()}
     total = sum(s.sum() for s in squares.values())
     adapted = [squares.pop(name) for name in names]

@@ -124,7 +124,7 @@ class Problem:
 
 
 def chosen(names: list[str], config: Config) -> list[str]:
-    """Those that --targets names, by the ends of their names."""
+    """The names that end as --targets asks. ValueError if nothing ends so."""
     for target in config.targets:
         if not any(name.endswith(target) for name in names):
             raise ValueError(f"--targets {target}: none of {', '.join(names[-6:])} ends so")
@@ -142,14 +142,14 @@ def autocast(config: Config) -> torch.autocast:
 
 
 def mean_of_processes(x: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, the same bits in each."""
+    """The mean of a tensor over all processes, bit for bit alike in each."""
     if PROCESSES > 1:
         distributed.all_reduce(x)
     return x / PROCESSES
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> weight, of those that a run changes."""
+    """Name -> weight, for every weight that a run changes."""
     return {name: w for name, w in model.named_parameters() if w.requires_grad}
 
 

@@ -1,25 +1,29 @@
-"""From results.json to what is read: printed lines, tables, figures. Needs no torch.
+"""From results.json to what is read: printed lines and tables. Needs no torch.
 
-A run's figures are heatmaps of its ranks (Figures 2 and 3) and the distribution of its scores
-(Figure 5). All runs of a task in one folder are compared in its table.md and scores.png.
+    python -m experiments.report results/*/   # writes README.md and the figures of every folder
+
+A folder of runs of one task gets a README.md: commands, means and standard deviations over seeds,
+differences to one reference, mean ranks, rank correlations. The figures are made by figures.py.
 """
 
-import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 
-LEGEND = ("Mean ± standard deviation over seeds, after the last epoch (quantiles of log10 of the "
-          "scores S: at the end of the search); differences between runs of the same seed; mean "
-          "ranks of a kind of matrix; Spearman's correlations of the ranks that any two runs "
-          "found: mean (least to greatest).")
+METHODS = dict(
+    elalora="ElaLoRA", svd="even ranks", final="its final ranks from the start",
+    shuffled="its ranks, shuffled", lora="LoRA", adalora="AdaLoRA")
+SETTINGS = dict(
+    learning_rate="lr {}", lambda_rate="Λ rate × {}", init_ratio="first rank × {}", shape="{} b",
+    alpha="α = {}", gamma="penalty {}", beta1="β₁ = {}", beta2="β₂ = {}", warmup="warm-up {}",
+    stabilize="stabilization {}", interval="interval {}", batch_size="batch {}", b="b = {}",
+    k="k = {}", lr_scheduler="{} learning rate", moments="{} moments")
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -32,15 +36,54 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     os.replace(temporary, path)
 
 
+# ---- Names ----
 def label(arguments: dict) -> str:
-    """What tells a run from others, but for the seed, in folders and tables."""
+    """What tells a run from others, but for the seed, in the names of folders."""
     words = [arguments["method"], f"r{arguments['rank']}", "+".join(arguments["targets"])]
     return "-".join(filter(None, [*words, *arguments["set"]]))
 
 
+def words(arguments: dict) -> list[str]:
+    """What label() has, in people's words; rank 4 and all matrices are not named."""
+    settings = (setting.partition("=") for setting in arguments["set"])
+    return [METHODS[arguments["method"]],
+            *[f"rank {arguments['rank']}"] * (arguments["rank"] != 4),
+            *[f"only {' + '.join(arguments['targets'])}"] * any(arguments["targets"]),
+            *(SETTINGS[name].format(value) for name, _, value in settings)]
+
+
+def grid(ranks: dict[str, int]) -> pandas.DataFrame:
+    """A row for every matrix of a layer, a column for every layer.
+
+    Where layers are numbered in several stacks, such as an encoder and a decoder, rows begin with
+    what tells the stacks apart. Raises ValueError if two matrices would share a cell.
+    """
+    stacks, layers, kinds = zip(*map(split_name, ranks))
+    components = [stack.split(".") for stack in stacks]
+    shared = set.intersection(*map(set, components))
+    prefixes = [".".join(c for c in stack if c not in shared) for stack in components]
+    rows = [".".join(filter(None, names)) for names in zip(prefixes, kinds)]
+    index = pandas.MultiIndex.from_arrays([layers, rows])
+    return pandas.Series([*ranks.values()], index).unstack(0, sort=False)
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """A module's name as the stack of layers that it is in, its layer's number, and the rest."""
+    names = name.split(".")
+    for i, component in enumerate(names[:-1]):
+        if component.isdecimal():
+            return ".".join(names[:i]), component, ".".join(names[i + 1 :])
+    return "", "", name
+
+
+def mean_ranks(ranks: dict[str, int]) -> dict[str, float]:
+    """The kinds of matrices and their mean ranks over the layers."""
+    return grid(ranks).mean(axis="columns").to_dict() if ranks else {}
+
+
 # ---- One run ----
 def count_pruned(results: dict) -> tuple[float, float]:
-    """How many ranks the adjustments of a run pruned, and how many of those they had added."""
+    """How many ranks the adjustments pruned, and how many of the pruned ones they had added."""
     if not results["adjustments"]:
         return math.nan, math.nan
     pruned, again, initial = 0, 0, dict.fromkeys(results["ranks"], results["rank"])
@@ -49,6 +92,19 @@ def count_pruned(results: dict) -> tuple[float, float]:
         pruned, again = pruned + len(indices), again + len(indices) - old
         initial[name] -= old
     return pruned, again
+
+
+def ranks_over_time(results: dict) -> pandas.DataFrame:
+    """The mean ranks of each kind of matrix (columns) after each adjustment (step), from 0 on."""
+    ranks = dict.fromkeys(results["ranks"], results["rank"])
+    rows = {0: mean_ranks(ranks)}
+    for adjustment in results["adjustments"]:
+        for name, indices in adjustment["pruned"].items():
+            ranks[name] -= len(indices)
+        for name, n in adjustment["expanded"].items():
+            ranks[name] += n
+        rows[adjustment["step"]] = mean_ranks(ranks)
+    return pandas.DataFrame(rows).T
 
 
 def describe(results: dict) -> list[str]:
@@ -78,47 +134,96 @@ def describe(results: dict) -> list[str]:
     return lines
 
 
-def grid(ranks: dict[str, int]) -> pandas.DataFrame:
-    """A row for every matrix of a layer, a column for every layer.
-
-    Where layers are numbered in several stacks, such as an encoder and a decoder, rows begin with
-    what tells the stacks apart. Raises ValueError if two matrices would share a cell.
-    """
-    stacks, layers, kinds = zip(*map(split_name, ranks))
-    components = [stack.split(".") for stack in stacks]
-    shared = set.intersection(*map(set, components))
-    prefixes = [".".join(c for c in stack if c not in shared) for stack in components]
-    rows = [".".join(filter(None, names)) for names in zip(prefixes, kinds)]
-    index = pandas.MultiIndex.from_arrays([layers, rows])
-    return pandas.Series([*ranks.values()], index).unstack(0, sort=False)
+# ---- Numbers ----
+def plain(x: float, digits: int | None = None) -> str:
+    """With so many decimals, and no minus before zeros; by default what four digits show."""
+    if digits is None:
+        digits = 0 if x == round(x) else max(0, 3 - math.floor(math.log10(abs(x))))
+    return f"{round(x, digits) + 0.0:,.{digits}f}"
 
 
-def split_name(name: str) -> tuple[str, str, str]:
-    """A module's name as the stack of layers that it is in, its layer's number, and the rest."""
-    names = name.split(".")
-    number = next((i for i, component in enumerate(names) if component.isdecimal()), len(names) - 1)
-    if names[number].isdecimal() and number + 1 < len(names):
-        return ".".join(names[:number]), names[number], ".".join(names[number + 1 :])
-    return "", "", name
+def decimals(stds: pandas.Series) -> int:
+    """As many as show two digits of the typical standard deviation of a column."""
+    stds = stds[stds > 1e-9]
+    return max(0, 1 - math.floor(math.log10(stds.median()))) if len(stds) else 4
 
 
-def mean_ranks(ranks: dict[str, int]) -> dict[str, float]:
-    """The kinds of matrices and their mean ranks over the layers."""
-    return grid(ranks).mean(axis="columns").to_dict() if ranks else {}
+def means(groups: pandas.api.typing.DataFrameGroupBy) -> pandas.DataFrame:
+    """Mean ± standard deviation by group and column, or only the mean if nothing varies."""
+    mean, std = groups.mean(), groups.std()
+    digits = {name: decimals(std[name]) for name in std}
+    return pandas.DataFrame({name: {
+        run: "" if math.isnan(x := mean.loc[run, name]) else plain(x)
+        if not std.loc[run, name] > 1e-9 * abs(x) else
+        f"{plain(x, digits[name])} ± {plain(std.loc[run, name], digits[name])}"
+        for run in mean.index} for name in mean}).rename_axis("run")
 
 
-def plot_ranks(panels: dict[str, dict[str, int]], path: Path) -> None:
-    """Heatmaps of layers and matrices, as Figure 2."""
-    import seaborn
-    grids = {title: grid(ranks) for title, ranks in panels.items()}
-    height = 3.2 + 0.3 * max(0, max(map(len, grids.values())) - 6)
-    figure = Figure(figsize=(7.5 * len(panels), height), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    highest = max(max(ranks.values()) for ranks in panels.values())
-    for axis, (title, cells) in zip(axes, grids.items()):
-        seaborn.heatmap(cells, annot=True, cmap="Blues", vmin=0, vmax=highest, cbar=False, ax=axis)
-        axis.set(xlabel="layer", title=f"ranks {title}, total {sum(panels[title].values())}")
-    figure.savefig(path, dpi=110)
+def detectable(std: float, n: int) -> float:
+    """The least mean difference of n pairs that a t-test at 5% finds in 80% of all cases."""
+    import scipy.optimize
+    import scipy.stats
+    critical = scipy.stats.t.ppf(0.975, n - 1)
+    power = lambda d: scipy.stats.nct.sf(critical, n - 1, d * math.sqrt(n))
+    return std * scipy.optimize.brentq(lambda d: power(d) - 0.8, 0.01, 50)
+
+
+def holm(p: pandas.Series) -> pandas.Series:
+    """p-values corrected for their number (Holm's step-down method)."""
+    ordered = p.dropna().sort_values()
+    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1).reindex(p.index)
+
+
+def differences(rows: pandas.DataFrame, metric: str, reference: str) -> pandas.DataFrame:
+    """The reference minus each other run, paired by seed; tested from five pairs on."""
+    import scipy.stats
+    by_seed, found = rows.pivot(index="seed", columns="run", values=metric), {}
+    for other in rows["run"].unique():
+        pairs = (by_seed[reference] - by_seed[other]).dropna()
+        if other == reference or len(pairs) < 2:
+            continue
+        test = scipy.stats.ttest_1samp(pairs, 0)
+        low, high = test.confidence_interval(0.95)
+        tested = len(pairs) >= 5 and pairs.std() > 0
+        found[other] = dict(
+            mean=pairs.mean(), std=pairs.std(), n=len(pairs),
+            **dict(low=low, high=high, p=test.pvalue) if tested else {},
+            detectable=detectable(pairs.std(), len(pairs)) if tested else math.nan)
+    table = pandas.DataFrame(found).T.reindex(
+        columns=["mean", "std", "n", "low", "high", "p", "detectable"])
+    return table.assign(p=holm(table["p"]))
+
+
+def verdict(row: pandas.Series) -> str:
+    """Of a difference, at 5% after the correction."""
+    if math.isnan(row["p"]):
+        return "not tested"
+    return ("higher" if row["mean"] > 0 else "lower") if row["p"] < 0.05 else "inconclusive"
+
+
+# ---- All runs of a task ----
+def read(folder: Path, arguments: dict | None = None) -> list[dict]:
+    """The results in a folder, by default of runs like the first but for method, rank, settings
+    and seed; with a "title" in words, without the settings that all of them share."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))]
+    runs = [r for r in runs if "history" in r]  # no benchmark
+    like = arguments or (runs[0]["arguments"] if runs else {})
+    varied = ("method", "rank", "targets", "set", "seed")
+    runs = [r for r in runs if all(r["arguments"].get(name) == x for name, x in like.items()
+                                   if name not in varied)]
+    shared = set.intersection(*(set(words(r["arguments"])[1:]) for r in runs)) if runs else set()
+    for r in runs:
+        method, *others = words(r["arguments"])
+        r["title"] = ", ".join([method, *(word for word in others if word not in shared)])
+    return runs
+
+
+def reference_of(runs: list[dict]) -> str:
+    """ElaLoRA with the rank and the settings that most runs share; without ElaLoRA, the first."""
+    settings = [[r["arguments"][name] for name in ("rank", "targets", "set")] for r in runs]
+    shared = {r["title"]: (settings.count(s), -len(s[-1]))
+              for r, s in zip(runs, settings) if r["method"] == "elalora"}
+    return max(shared, key=shared.get) if shared else runs[0]["title"]
 
 
 def log_scores(S: list[float]) -> pandas.Series:
@@ -126,37 +231,9 @@ def log_scores(S: list[float]) -> pandas.Series:
     return np.log10(pandas.Series(S, dtype=float).clip(lower=1e-20))
 
 
-def plot_scores(scores: dict[str, list[float]], path: Path) -> None:
-    """How the importance scores of all ranks are distributed (Figure 5), cumulatively."""
-    size = (6, 3.2 + 0.25 * len(scores))  # the legend has a line for each
-    axis = (figure := Figure(figsize=size, layout="constrained")).subplots()
-    axis.set_prop_cycle(color=colormaps["tab20"].colors)
-    for name, S in scores.items():
-        if S:  # LoRA has none
-            axis.ecdf(log_scores(S), label=name)
-    if axis.lines:
-        figure.legend(loc="outside upper center")
-    axis.set(xlabel="log10 of the importance score S (of 0: -20)", ylabel="share of the ranks")
-    figure.savefig(path, dpi=110, bbox_inches="tight")  # with all of a wide legend
-
-
-# ---- All runs of a task ----
-def paired(rows: pandas.DataFrame, metric: str) -> pandas.DataFrame:
-    """Differences of every two runs by seed, with Student's interval from five seeds on."""
-    import scipy.stats
-    pairs, by_seed = {}, rows.pivot(index="seed", columns="run", values=metric)
-    for a, b in itertools.combinations(rows["run"].unique(), 2):
-        difference, interval, verdict = (by_seed[a] - by_seed[b]).dropna(), "", ""
-        if len(difference) < 2:
-            continue
-        if len(difference) >= 5:
-            low, high = scipy.stats.ttest_1samp(difference, 0).confidence_interval(0.95)
-            interval = f"{low:+.4f} to {high:+.4f}"
-            verdict = "higher" if low > 0 else "lower" if high < 0 else ""
-        pairs[f"{a} − {b}"] = {
-            metric: f"{difference.mean():+.4f} ± {difference.std():.4f}", "95% interval": interval,
-            "the first is": verdict or f"undecided at {len(difference)} seeds"}
-    return pandas.DataFrame(pairs).T
+def last_scores(results: dict) -> pandas.Series:
+    """log10 of the scores at the end of the search."""
+    return log_scores([*results["scores"].values()][-1])
 
 
 def rank_correlations(ranks: dict[tuple[str, int], dict[str, int]]) -> pandas.DataFrame:
@@ -166,43 +243,178 @@ def rank_correlations(ranks: dict[tuple[str, int], dict[str, int]]) -> pandas.Da
     pairs = pandas.DataFrame(ranks).corr("spearman").rename_axis(["rank correlations", "seed"])
     others = pairs.mask(np.eye(len(pairs), dtype=bool)).stack([0, 1]).dropna()
     return others.groupby(level=[0, 2]).agg(
-        lambda x: f"{x.mean():.2f} ({x.min():.2f} to {x.max():.2f})").unstack(fill_value="")
+        lambda x: f"{plain(x.mean(), 2)} ({plain(x.min(), 2)} to {plain(x.max(), 2)})"
+    ).unstack(fill_value="")
 
 
-def compare(folder: Path, arguments: dict) -> str:
-    """Writes table.md and scores.png (Figure 5) of all runs like this one, but for what label()
-    has and the seed: mean ± standard deviation over the seeds after the last epoch, differences
-    by seed, mean ranks, rank correlations of the ranks."""
-    runs, varied = {}, ("method", "rank", "targets", "set", "seed")
-    for path in sorted(folder.glob(f"{arguments['task']}-*/results.json")):
-        results = json.loads(path.read_text())
-        had = results["arguments"]
-        if all(had.get(name) == x for name, x in arguments.items() if name not in varied):
-            runs[label(had), had["seed"]] = results
-    if len(runs) < 2:
-        return ""
-    rows = pandas.DataFrame(
-        dict(run=name, seed=seed) | r["metrics"] | dict(
+def measured(runs: list[dict]) -> pandas.DataFrame:
+    """A row for every run: what it was, what it reached, what it took."""
+    return pandas.DataFrame(
+        dict(run=r["title"], seed=r["seed"]) | r["metrics"] | dict(
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
-            minutes=r["seconds"] / 60) | dict(zip(("pruned", "of_those_added"), count_pruned(r)))
-        | log_scores([*r["scores"].values()][-1]).quantile([0.1, 0.5, 0.9])
-        .add_prefix("log10_S_").to_dict()
-        for (name, seed), r in runs.items())
-    alike = rank_correlations(
-        {key: r["ranks"] for key, r in runs.items() if r["method"] in ("elalora", "adalora")})
-    runs = {f"{name}-s{seed}": r for (name, seed), r in runs.items()}
-    kinds = pandas.DataFrame([mean_ranks(r["ranks"]) for r in runs.values()])
-    kinds = kinds.groupby(rows["run"].rename("mean ranks"), sort=False)
+            minutes=r["seconds"] / 60) | dict(zip(("pruned", "of those added"), count_pruned(r)))
+        for r in runs)
+
+
+def table_of_runs(rows: pandas.DataFrame) -> pandas.DataFrame:
     groups = rows.drop(columns="seed").groupby("run", sort=False)
-    table, kinds = (grouped.agg(lambda x: "{:,.{n}f} ± {:,.{n}f}".format(
-        x.mean(), x.std(), n=4 if x.max() < 100 else 0)) for grouped in (groups, kinds))
-    metric, *_ = next(iter(runs.values()))["metrics"]
-    tables = (table.assign(seeds=groups.size()), paired(rows, metric), kinds, alike)
-    text = "\n\n".join(table.to_markdown(disable_numparse=True) for table in tables if len(table))
-    text = text.replace("nan ± nan", " " * 9).replace(" ± nan", " " * 6)  # of a single seed
-    commands = "\n".join(sorted({r["command"] for r in runs.values()}))
-    write(folder / "table.md",
-          lambda path: path.write_text(f"```sh\n{commands}\n```\n\n{LEGEND}\n\n{text}\n"))
-    ends = {n: [*r["scores"].values()][-1] for n, r in runs.items() if r["seed"] == rows.seed.min()}
-    write(folder / "scores.png", lambda path: plot_scores(ends, path))
+    table = means(groups)
+    for name, digits in (("adapter_parameters", 0), ("minutes", 1), ("pruned", 0),
+                         ("of those added", 0)):
+        table[name] = ["" if math.isnan(x) else plain(x, digits) for x in groups[name].mean()]
+    return table.rename(columns=lambda name: name.replace("_", " ")).assign(seeds=groups.size())
+
+
+def table_of_differences(found: pandas.DataFrame) -> pandas.DataFrame:
+    """In words, with the digits that the standard deviations allow."""
+    rows, digits = {}, decimals(found["std"].astype(float))
+    signed = lambda x: ("+" if round(x, digits) > 0 else "") + plain(x, digits)
+    for other, row in found.iterrows():
+        tested = not math.isnan(row["p"])
+        rows[other] = {
+            "difference": f"{signed(row['mean'])} ± {plain(row['std'], digits)}",
+            "95% interval": f"{signed(row['low'])} to {signed(row['high'])}" if tested else "",
+            "p (Holm)": f"{row['p']:.2g}" if tested else "",
+            "detectable": plain(row["detectable"], digits) if tested else "",
+            "the reference is": verdict(row), "pairs": int(row["n"])}
+    return pandas.DataFrame(rows).T
+
+
+def compare(folder: Path, arguments: dict | None = None) -> str:
+    """Writes README.md and the figures of the runs that read() finds. Returns the tables, but
+    nothing for a single run."""
+    if not (runs := read(folder, arguments)):
+        return ""
+    rows, reference = measured(runs), reference_of(runs)
+    metric = next(iter(runs[0]["metrics"]))
+    found = {name: differences(rows, name, reference) for name in (metric, "train_loss")}
+    kinds = pandas.DataFrame([mean_ranks(r["ranks"]) for r in runs])
+    scores = pandas.DataFrame([last_scores(r).quantile([0.1, 0.5, 0.9]) for r in runs])
+    tables = {"": table_of_runs(rows)}
+    for name, table in found.items():
+        heading = f"{reference} minus the other runs, {name.replace('_', ' ')}"
+        tables[heading] = table_of_differences(table)
+    tables["Mean ranks"] = means(kinds.groupby(rows["run"], sort=False))
+    moving = [r for r in runs if r["method"] in ("elalora", "adalora")]
+    tables["Rank correlations (Spearman)"] = rank_correlations(
+        {(r["title"], r["seed"]): r["ranks"] for r in moving})
+    tables["log10 of the scores at the end of the search: lowest tenth, median, highest tenth"] = (
+        means(scores.groupby(rows["run"], sort=False)).replace("", math.nan).dropna())
+    text = "\n\n".join(
+        f"## {heading}\n\n{table.to_markdown(disable_numparse=True)}" if heading else
+        table.to_markdown(disable_numparse=True) for heading, table in tables.items() if len(table))
+    pictures = draw(folder, runs, rows, reference, metric)
+    hardware = {f"torch {r['versions']['torch']}, {r['versions']['hardware']}" for r in runs}
+    legend = SINGLE if rows["seed"].nunique() < 2 else LEGEND.format(n=found[metric]["p"].count())
+    page = PAGE.format(
+        folder=folder.name, commands="\n".join(sorted({r["command"] for r in runs})), text=text,
+        legend=legend, hardware="; ".join(sorted(hardware)),
+        pictures="\n\n".join(f"![{name}]({name}.png)" for name in pictures))
+    write(folder / "README.md", lambda path: path.write_text(page))
+    return text if len(runs) > 1 else ""
+
+
+PAGE = """# {folder}
+
+```sh
+{commands}
+```
+
+{hardware}. After the last epoch: {legend}
+
+{text}
+
+{pictures}
+"""
+LEGEND = """mean ± standard deviation over the seeds. Differences are paired by seed; {n} in a
+table are tested (Student's t, from five pairs on; p corrected by Holm for their number).
+"Detectable" is the least difference that so many pairs would show in 80% of all cases. "Of those
+added" counts pruned ranks that an earlier adjustment had added."""
+SINGLE = """the numbers of single runs; no difference is tested. "Of those added" counts pruned
+ranks that an earlier adjustment had added."""
+
+
+def draw(folder: Path, runs: list[dict], rows: pandas.DataFrame, reference: str,
+         metric: str) -> list[str]:
+    """Writes the figures for which there is data, returns their names."""
+    from experiments import figures
+    whole = [r for r in runs if not any(r["arguments"]["targets"])] or runs  # all matrices adapted
+    of_reference = [r for r in runs if r["title"] == reference]
+    epochs = pandas.DataFrame(
+        dict(run=r["title"], seed=r["seed"], epoch=e["epoch"],
+             train_loss=e["train_loss"]) | e["metrics"]
+        for r in whole for e in r["history"])
+    pictures = {"curves": lambda path: figures.curves(
+        epochs, ["train_loss", metric if epochs[metric].notna().all() else epochs.columns[-1]],
+        path)}
+    if {r["method"] for r in runs} == {"elalora"} and rows["run"].nunique() > 7:
+        pictures["settings"] = lambda path: figures.dots(rows, metric, reference, path)
+    if any(r["adjustments"] for r in of_reference):
+        planted = mean_ranks(next((r["planted_ranks"] for r in of_reference
+                                   if r.get("planted_ranks")), {}))
+        pictures["ranks-over-time"] = lambda path: figures.over_time(
+            [ranks_over_time(r) for r in of_reference], planted, path)
+        pictures["rank-maps"] = lambda path: figures.heatmaps(
+            {f"seed {r['seed']}": grid(r["ranks"]) for r in of_reference[:3]}, path)
+    scores = {r["title"]: last_scores(r) for r in whole
+              if r["seed"] == rows["seed"].min()}
+    if scores := {name: S for name, S in scores.items() if len(S)}:  # LoRA has none
+        pictures["scores"] = lambda path: figures.distributions(scores, path)
+    for name, picture in pictures.items():
+        write(folder / f"{name}.png", picture)
+    return [*pictures]
+
+
+def forest(folders: list[Path], path: Path) -> None:
+    """ElaLoRA minus other methods at its rank, of all folders that compare some, in one picture."""
+    from experiments import figures
+    panels, order = {}, ["lora", "adalora", "svd", "shuffled", "final", "elalora"]
+    for folder in folders:
+        runs = read(folder)
+        if not {"svd", "lora"} <= {r["method"] for r in runs}:
+            continue
+        reference = reference_of(runs)
+        rank = next(r["rank"] for r in runs if r["title"] == reference)
+        runs = [r for r in runs if r["rank"] == rank and not any(r["arguments"]["targets"])]
+        rows = measured(sorted(runs, key=lambda r: order.index(r["method"])))
+        metric = "gap_closed" if "gap_closed" in rows else next(iter(runs[0]["metrics"]))
+        found = differences(rows.assign(**{metric: 100 * rows[metric]}), metric, reference)
+        if len(found := found.dropna()):
+            panels[f"{folder.name}, {metric.replace('_', ' ')}: {reference} minus …"] = found
+    if panels:
+        write(path, lambda path: figures.forest(panels, path))
+
+
+def costs(folder: Path) -> str:
+    """Writes README.md and cost.png of a benchmark's results.json, returns the tables."""
+    from experiments import figures
+    results = json.loads((folder / "results.json").read_text())
+    by_method = {METHODS.get(name, "frozen model"): x for name, x in results["costs"].items()}
+    tables = {"Medians of milliseconds, and bytes": pandas.DataFrame(by_method),
+              "Quartiles of ratios of steps of the same round": pandas.DataFrame(
+                  results["ratios"]).T,
+              "How ElaLoRA's own parts grow with the matrices (milliseconds, width 256)":
+                  pandas.DataFrame(results["growth"])}
+    text = "\n\n".join(f"## {heading}\n\n{table.to_markdown(floatfmt=',.4g')}"
+                       for heading, table in tables.items())
+    command = results.get("command", "python -m experiments.benchmark")
+    hardware = f"torch {results['versions']['torch']}, {results['versions']['hardware']}"
+    write(folder / "README.md", lambda path: path.write_text(
+        f"# {folder.name}\n\n```sh\n{command}\n```\n\n{hardware}\n\n"
+        f"![cost of a step](cost.png)\n\n{text}\n"))
+    parts = ["passes", "penalty", "optimizer", "allocator"]
+    write(folder / "cost.png", lambda path: figures.bars(by_method, parts, path))
     return text
+
+
+def main(folders: list[str]) -> None:
+    paths = [Path(folder) for folder in folders]
+    for folder in paths:
+        if [*folder.glob("**/results.json")]:
+            (costs if (folder / "results.json").exists() else compare)(folder)
+            print(folder / "README.md")
+    forest(paths, paths[0].parent / "forest.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

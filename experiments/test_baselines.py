@@ -1,4 +1,4 @@
-"""The laws of experiments/baselines.py: LoRA, AdaLoRA and the frozen model compare like with like."""
+"""The laws of experiments/baselines.py: LoRA, AdaLoRA and the frozen model are fair comparisons."""
 
 import copy
 import json
@@ -68,6 +68,7 @@ def test_adaloras_scores_are_equation_2s_of_the_ranks_it_kept(small_planted, tmp
     matrix 4 are left in the mean at the end of the search."""
     problem, config, recipe = small_planted("adalora")
     allocator, log = reproduce.train(problem, config, recipe, None, tmp_path / "checkpoint.pt")
+    assert [*log["scores"]] == [recipe.warmup, 40 - recipe.stabilize]
     begin, end = log["scores"].values()
     assert (len(begin), len(end)) == (12 * 6, 12 * 4) and sum(allocator.ranks().values()) == 12 * 4
     expected, tuner = [], allocator.tuner

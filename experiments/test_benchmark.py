@@ -8,8 +8,9 @@ import pandas
 import pytest
 import transformers
 
+import reproduce
 from experiments import benchmark
-from experiments.conftest import arguments_of
+from experiments.conftest import arguments_of, tiny_config
 from experiments.problem import Config
 
 FACTORS = 2 * sum(a + b for a, b in [(16, 16)] * 4 + [(16, 32)] * 2) * 2  # weights of P and Q
@@ -35,7 +36,9 @@ def test_the_benchmark_writes_what_it_prints(task, short, tiny, monkeypatch, cap
         monkeypatch.setattr(benchmark, "growth", lambda config: pandas.DataFrame(rows))  # no other
     benchmark.main([*arguments, "--rank", "2"])
     folder = Path(f"runs/benchmark-{task}-deberta-r2")
-    assert (folder / "table.md").read_text() in capsys.readouterr().out
+    tables = (folder / "README.md").read_text().partition("\n## ")[2]
+    assert tables.strip() in capsys.readouterr().out
+    assert (folder / "cost.png").read_bytes()[1:4] == b"PNG"
     results = json.loads((folder / "results.json").read_text())
     for method, extra, states in (
         ("frozen", 0, 0),
@@ -52,6 +55,21 @@ def test_the_benchmark_writes_what_it_prints(task, short, tiny, monkeypatch, cap
     assert len(results["ratios"]) == 8 and len(results["growth"]) == 9
     for ratio in results["ratios"].values():
         assert 0 < ratio["0.25"] <= ratio["0.5"] <= ratio["0.75"]
+
+
+def test_an_adjustment_is_timed_apart(short, tiny, monkeypatch):
+    """The allocator's time is that of steps in which no ranks move."""
+
+    def timed_step(problem, batch, training):
+        _, adjustment = reproduce.train_step(problem, batch, training)
+        return dict(passes=1.0, allocator=100.0 if adjustment else 1.0, total=0.0)
+
+    monkeypatch.setattr(benchmark, "timed_step", timed_step)
+    config = tiny_config(tiny)
+    problems = dict(elalora=benchmark.random_tokens(config, benchmark.TIMED))
+    costs, total, _ = benchmark.measure(problems, config)
+    assert costs.loc["elalora", ["allocator", "adjustment"]].tolist() == [1, 100]
+    assert [*total.index] == [3]  # the first two rounds warm up, and the fourth moves ranks
 
 
 def test_without_a_model_it_takes_one_of_deberta_v3_bases_size(short, monkeypatch):

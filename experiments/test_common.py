@@ -1,6 +1,7 @@
-"""The laws of experiments/common.py: batches, losses and predictions, in one process or several."""
+"""The laws of experiments/common.py: data, batches, losses and predictions, by any processes."""
 
 import contextlib
+import shutil
 from types import SimpleNamespace
 
 import datasets
@@ -9,8 +10,9 @@ import torch
 from torch import distributed, nn
 from transformers import BatchEncoding
 
-from experiments import common
+from experiments import common, glue
 from experiments import problem as shared
+from experiments.conftest import write_glue
 from experiments.problem import Config
 
 
@@ -23,6 +25,19 @@ def processes(monkeypatch):
         monkeypatch.setattr(shared, "PROCESSES", processes)
 
     return become
+
+
+@pytest.mark.parametrize("capability", [None, "avx512_bf16", "amx_bf16", "bf16"])
+def test_bfloat16_without_instructions_for_it_is_warned_of(capability, monkeypatch, capsys):
+    """On a CPU that lacks all of them; float32 and GPUs have no warning."""
+    monkeypatch.setattr(common, "DEVICE", "cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, capability: True})
+    common.warn_of_slow_bfloat16("bfloat16")
+    assert ("warning: this CPU has no" in capsys.readouterr().err) == (capability is None)
+    common.warn_of_slow_bfloat16("float32")
+    monkeypatch.setattr(common, "DEVICE", "cuda")
+    common.warn_of_slow_bfloat16("bfloat16")
+    assert capsys.readouterr().err == ""
 
 
 def epoch(size, number=1, seed=0):
@@ -81,7 +96,8 @@ def test_the_loss_is_the_mean_over_all_labels_of_all_processes(monkeypatch):
 
     def chunk(rows):
         labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-        return BatchEncoding(dict(x=torch.sin(labels[..., None] + torch.arange(5.0)), labels=labels))
+        x = torch.sin(labels[..., None] + torch.arange(5.0))
+        return BatchEncoding(dict(x=x, labels=labels))
 
     config, counts = Config("rte", "elalora", 4, 0), []
     whole = common.mean_loss(model, [chunk(rows)], config)
@@ -119,11 +135,20 @@ def test_predictions_are_in_the_order_of_the_rows(count, processes, monkeypatch)
     assert found[-count:] == [[i * i for i in range(11)]] * count
 
 
+def test_data_that_changed_are_read_anew(tmp_path):
+    """In the same folder, and in another one of the same name and README."""
+    for number, folder in ((1, "a"), (2, "a"), (3, "b")):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+        write_glue(root := tmp_path / folder / "glue", rte=dict(train=[dict(label=number)]))
+        (rows,) = common.load_splits(str(root), glue.HUB, "rte", ["label"], ["train"])
+        assert list(rows["label"]) == [number]
+
+
 def test_a_hub_data_set_with_a_loading_script_is_read_from_its_conversion(monkeypatch):
     """Such scripts are not run any more; the hub keeps a copy without one."""
     rows, asked = {"train": datasets.Dataset.from_dict({"a": [1]})}, []
 
-    def load_dataset(source, task, revision=None):
+    def load_dataset(source, task, revision=None, **options):
         asked.append((source, task, revision))
         if revision is None:
             raise RuntimeError("Dataset scripts are no longer supported")

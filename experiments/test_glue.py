@@ -79,6 +79,19 @@ def test_the_character_map_is_needed_and_for_sentencepiece_alone(deberta_tokeniz
     assert glue.character_map(SimpleNamespace(vocab_file="vocab.txt"))("½…") == "½…"
 
 
+def test_examples_are_pairs_of_mapped_texts_of_256_tokens_at_most(deberta_tokenizer, tmp_path):
+    """[CLS] first [SEP] second [SEP] in SentencePiece's own pieces; labels stay as they are."""
+    tokenizer, pieces = deberta_tokenizer
+    pairs, long = [("½ cup…", "a\u00a0b"), ("x", "½ " * 300)], glue.MAX_TOKENS
+    rows = [dict(sentence1=a, sentence2=b, label=i) for i, (a, b) in enumerate(pairs)]
+    write_glue(tmp_path / "data", rte=dict(train=rows, validation=rows[:1]))
+    _, (train, dev) = glue.load_examples("rte", str(tmp_path / "data"), tokenizer.name_or_path)
+    assert [row["labels"] for row in train] == [0, 1] and dev == train[:1] and long == 256
+    for row, (a, b) in zip(train, pairs):
+        expected = [1, *pieces.encode(a), 2, *pieces.encode(b)][: long - 1] + [2]
+        assert row["input_ids"] == expected
+
+
 def test_an_empty_sentence_trains(tiny, tmp_path):
     """A text without characters is legal: it has special tokens alone."""
     rows = [dict(sentence1="", sentence2="", label=i % 2) for i in range(8)]

@@ -2,11 +2,17 @@
 
 import itertools
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
+import scipy.stats
 
-from experiments import report
+import reproduce
+from experiments import problem, report
 
 
 # ---- Files ----
@@ -37,7 +43,8 @@ def cells(ranks):
 def test_a_grid_has_a_row_for_a_kind_and_a_column_for_a_layer():
     """In the order of the model, and without the name of the stack where there is only one."""
     kinds = ("attention.q", "out", "attention.output.out")
-    ranks = {f"bert.layer.{i}.{kind}": 10 * i + j for i in range(11) for j, kind in enumerate(kinds)}
+    layers = [f"bert.layer.{i}." for i in range(11)]
+    ranks = {f"{x}{y}": 10 * i + j for i, x in enumerate(layers) for j, y in enumerate(kinds)}
     grid = report.grid(ranks)
     assert [*grid.index] == [*kinds] and [*grid.columns] == [*map(str, range(11))]
     assert (grid.to_numpy() == [[10 * i + j for i in range(11)] for j in range(3)]).all()
@@ -88,6 +95,17 @@ def test_pruned_ranks_are_counted_as_if_each_had_been_followed():
     assert counts == (len(pruned), sum(pruned)) and 0 < sum(pruned) < len(pruned)
 
 
+def test_ranks_over_time_end_where_the_run_ended():
+    """They begin at the same rank everywhere, and follow what each adjustment pruned and added."""
+    results = dict(rank=4, ranks={"layer.0.q": 7, "layer.1.q": 3, "layer.0.v": 2}, adjustments=[
+        dict(step=10, pruned={"layer.1.q": [0]}, expanded={"layer.0.q": 1}),
+        dict(step=20, pruned={"layer.0.v": [1, 2, 3]}, expanded={"layer.0.q": 2, "layer.0.v": 1}),
+    ])  # fmt: skip
+    found = report.ranks_over_time(results)
+    assert found.to_dict("index") == {0: dict(q=4, v=4), 10: dict(q=4, v=4), 20: dict(q=5, v=2)}
+    assert found.iloc[-1].to_dict() == report.mean_ranks(results["ranks"])
+
+
 # ---- Printed lines and tables ----
 def test_a_run_is_described_beside_what_it_is_compared_with():
     """Metrics with the floor's and the paper's, where these have them; mean ranks of each kind."""
@@ -112,91 +130,243 @@ def test_a_run_is_described_beside_what_it_is_compared_with():
     ]
 
 
-def test_the_tables_are_what_numpy_makes_of_the_runs(tmp_path, monkeypatch):
-    """Means and deviations; paired differences, decided by Student's t from 5 seeds on; Spearman's
-    correlations of the ranks; the commands; the scores at the end of the searches, drawn."""
-    random, runs = np.random.default_rng(0), {}
-    matrices = [f"layer.{i}.{matrix}" for i in range(3) for matrix in "abc"]
-    for run, seeds, mean in (
-        ("elalora-r4", 6, 0.3),
-        ("lora-r4", 6, 0.1),
-        ("adalora-r4", 3, 0.2),
-        ("adalora-r2", 1, 0.2),
+# ---- Numbers ----
+@pytest.mark.parametrize(
+    "x, digits, text",
+    [(1234.5678, 2, "1,234.57"), (-0.0004, 3, "0.000"), (-0.5, 1, "-0.5"), (0, None, "0"),
+     (0.123456, None, "0.1235"), (12.3456, None, "12.35"), (165888, None, "165,888")],
+)  # fmt: skip
+def test_numbers_have_the_digits_asked_for_or_four(x, digits, text):
+    """Thousands are parted, whole numbers stay whole, and no zero is negative."""
+    assert report.plain(x, digits) == text
+
+
+def test_a_column_shows_two_digits_of_its_typical_deviation():
+    """That is, of the median of those that are not 0."""
+    assert report.decimals(pandas.Series([0.0123, 0.0456, 0.0789])) == 3
+    assert report.decimals(pandas.Series([0, 0, 12.0])) == 0
+    frame = pandas.DataFrame(dict(run=["a", "a", "b", "b", "c"], x=[1.0, 1.1, 2.0, 2.0, np.nan]))
+    cells = report.means(frame.groupby("run"))["x"]
+    assert cells.to_dict() == {"a": "1.050 ± 0.071", "b": "2", "c": ""}
+
+
+def test_holms_correction_multiplies_the_least_p_by_their_number_and_so_on():
+    """A p is never below a lesser one, nor above 1; what was not tested does not count."""
+    p = pandas.Series(dict(a=0.02, b=0.004, c=np.nan, d=0.03, e=0.6))
+    expected = dict(a=3 * 0.02, b=4 * 0.004, d=3 * 0.02, e=0.6)  # 2 * 0.03 is as much as 3 * 0.02
+    found = report.holm(p)
+    assert np.isnan(found.pop("c")) and found.to_dict() == pytest.approx(expected)
+    assert report.holm(pandas.Series([0.5, 0.9])).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("n", [5, 20])
+def test_the_detectable_difference_is_found_in_four_of_five_cases(n):
+    """By simulated pairs whose true mean is that difference, and t-tests of them at 5%."""
+    random = np.random.default_rng(n)
+    pairs = random.normal(report.detectable(3.0, n), 3.0, (20_000, n))
+    test = scipy.stats.ttest_1samp(pairs, 0, axis=1)
+    assert np.mean((test.pvalue < 0.05) & (test.statistic > 0)) == pytest.approx(0.8, abs=0.01)
+
+
+def measurements(**metrics):
+    """Rows as measured() makes them: run -> the metric for seeds 0, 1, ..."""
+    return pandas.DataFrame(
+        dict(run=run, seed=seed, accuracy=x)
+        for run, values in metrics.items()
+        for seed, x in enumerate(values)
+    )
+
+
+def test_differences_are_paired_by_seed_and_tested_from_five_pairs_on():
+    """By Student's t, corrected by Holm; verdicts are those of the corrected p."""
+    random = np.random.default_rng(1)
+    ours, near, far = random.normal([[0.5], [0.497], [0.3]], 0.004, (3, 6))
+    rows = measurements(ours=ours, near=near, far=far, few=near[:4], one=near[:1], same=ours)
+    found = report.differences(rows, "accuracy", "ours")
+    assert [*found.index] == ["near", "far", "few", "same"]
+    p = {}
+    for run, other in dict(near=near, far=far).items():
+        mean, std = (ours - other).mean(), (ours - other).std(ddof=1)
+        half = 2.5705818366 * std / np.sqrt(6)  # Student's t, 5 degrees of freedom, 97.5%
+        p[run] = 2 * scipy.stats.t.sf(abs(mean) / std * np.sqrt(6), 5)
+        expected = [mean, std, 6, mean - half, mean + half]
+        got = found.loc[run, ["mean", "std", "n", "low", "high"]]
+        assert got.tolist() == pytest.approx(expected)
+    assert found["p"].dropna().to_dict() == pytest.approx(dict(near=p["near"], far=2 * p["far"]))
+    assert found.loc["few", "n"] == 4 and found.loc[["few", "same"], "low"].isna().all()
+    verdicts = found.apply(report.verdict, axis=1).to_dict()
+    assert verdicts == dict(near="inconclusive", far="higher", few="not tested", same="not tested")
+    reverse = report.differences(rows, "accuracy", "far")
+    assert report.verdict(reverse.loc["ours"]) == "lower"
+
+
+# ---- Names ----
+def arguments(method, rank=4, seed=0, targets=("",), set=(), epochs=4):
+    varied = dict(method=method, rank=rank, targets=[*targets], set=[*set], seed=seed)
+    return dict(task="mrpc", epochs=epochs) | varied
+
+
+def test_every_method_and_setting_has_a_name_for_people():
+    """In tables and figures; rank 4 and all matrices are not named."""
+    assert reproduce.METHODS == tuple(report.METHODS)
+    assert {*problem.SETTINGS} <= report.SETTINGS.keys()
+    assert report.words(arguments("svd")) == ["even ranks"]
+    words = report.words(arguments("lora", 2, 0, ["q", "k"], ["learning_rate=2e-3", "b=1"]))
+    assert words == ["LoRA", "rank 2", "only q + k", "lr 2e-3", "b = 1"]
+    assert report.label(arguments("lora", 2, 5, ["q", "k"], ["b=1"])) == "lora-r2-q+k-b=1"
+
+
+# ---- Pages ----
+MATRICES = [f"layer.{i}.{matrix}" for i in range(3) for matrix in "abc"]
+
+
+def write_run(folder, arguments, random, mean=0.5):
+    """A run's results.json, of random numbers; returns what is in it."""
+    moves = arguments["method"] == "elalora"
+    results = dict(
+        task="mrpc", method=arguments["method"], rank=arguments["rank"], seed=arguments["seed"],
+        metrics=dict(accuracy=mean + random.normal() / 100), arguments=arguments,
+        adapter_parameters=1234, trainable_parameters=2345, total_steps=40, seconds=90.0,
+        ranks=dict(zip(MATRICES, (random.permutation(9) ** 2).tolist())),
+        adjustments=[dict(step=8, pruned={MATRICES[0]: [3]}, expanded={MATRICES[0]: 1})] *
+        (arguments["seed"] + 1) * moves,
+        scores={"5": [1.0, 0.0], "9": [0.0, *random.random(4)] if "lora" != arguments["method"]
+                else []},
+        command=f"python reproduce.py --seeds {arguments['seed'] % 2}",
+        versions=dict(torch="2.13.0", hardware="CPU"),
+    )  # fmt: skip
+    results["history"] = [
+        dict(epoch=i, train_loss=random.random(), metrics=results["metrics"]) for i in (1, 2)
+    ]
+    path = folder / f"mrpc-{report.label(arguments)}-s{arguments['seed']}/results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(results))
+    return results
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Title and seed -> results, of runs whose files are in tmp_path / "runs"."""
+    random, found = np.random.default_rng(0), {}
+    for title, seeds, mean, method, rank in (
+        ("AdaLoRA, rank 2", 1, 0.2, "adalora", 2),
+        ("AdaLoRA", 3, 0.2, "adalora", 4),
+        ("ElaLoRA", 6, 0.3, "elalora", 4),
+        ("LoRA", 6, 0.1, "lora", 4),
     ):
         for seed in range(seeds):
-            runs[run, seed] = dict(
-                method=run.split("-")[0], seed=seed,
-                metrics=dict(accuracy=mean + random.normal() / 100),
-                adapter_parameters=1234, seconds=90, history=[dict(train_loss=random.random())],
-                ranks=dict(zip(matrices, random.permutation(9).tolist())),
-                rank=4, adjustments=[dict(pruned={matrices[0]: [3]})] * (seed + 1),
-                scores={"5": [1.0, 0.0], "9": [0.0, *random.random(4)] if run != "lora-r4" else []},
-                command=f"python reproduce.py --seeds {seed % 2}",
-                arguments=dict(task="mrpc", method=run.split("-")[0], rank=int(run[-1]), seed=seed,
-                               targets=[""], set=[], epochs=4),
-            )  # fmt: skip
-            (folder := tmp_path / f"mrpc-{run}-s{seed}").mkdir()
-            (folder / "results.json").write_text(json.dumps(runs[run, seed]))
-    drawn = []
-    monkeypatch.setattr(report, "plot_scores", lambda scores, path: drawn.append(scores))
-    monkeypatch.setattr(report, "write", lambda path, write: write(path))
-    arguments = runs["lora-r4", 0]["arguments"]
-    for name, unlike in (("old", {}), ("longer", arguments | dict(epochs=5, seed=9))):
-        (folder := tmp_path / f"mrpc-{name}").mkdir()  # left out
-        (folder / "results.json").write_text(json.dumps(dict(arguments=unlike)))
-    text = report.compare(tmp_path, arguments)
-    page = (tmp_path / "table.md").read_text()
-    commands = "".join(f"python reproduce.py --seeds {i}\n" for i in (0, 1))
-    assert page == f"```sh\n{commands}```\n\n{report.LEGEND}\n\n{text}\n"
-    assert drawn == [{f"{run}-s0": runs[run, 0]["scores"]["9"] for run, _ in runs}]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    start = rows.index(["mean ranks", *"abc"])
-    table = {row[0]: row[1:] for row in rows[:start] if row}
-    b = [runs["lora-r4", i]["ranks"][f"layer.{j}.b"] for i in range(6) for j in range(3)]
-    means = np.reshape(b, (6, 3)).mean(axis=1)
-    cell = dict((row[0], row[2]) for row in rows[start : start + 6])["lora-r4"]
-    assert cell == f"{means.mean():.4f} ± {means.std(ddof=1):.4f}"
+            asked = arguments(method, rank, seed, set=["k=1"])  # shared by all, so not in titles
+            found[title, seed] = write_run(tmp_path / "runs", asked, random, mean)
+    return found
 
-    def accuracy(run, seeds=6):
-        return np.array([runs[run, i]["metrics"]["accuracy"] for i in range(seeds)])
 
-    losses = [runs["lora-r4", i]["history"][-1]["train_loss"] for i in range(6)]
-    for cell, values in zip(table["lora-r4"], (accuracy("lora-r4"), losses)):
-        assert cell == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
-    pruned, again = np.arange(1, 7), np.arange(6)  # the first was an initial rank
-    pruned, again = (f"{x.mean():.4f} ± {x.std(ddof=1):.4f}" for x in (pruned, again))
-    assert table["lora-r4"][2:] == ["1,234 ± 0", "1.5000 ± 0.0000", pruned, again, *3 * [""], "6"]
-    scores = [np.maximum(runs["elalora-r4", i]["scores"]["9"], 1e-20) for i in range(6)]
-    for cell, share in zip(table["elalora-r4"][6:9], (0.1, 0.5, 0.9)):
-        values = np.quantile(np.log10(scores), share, axis=1)
-        assert cell == f"{values.mean():.4f} ± {values.std(ddof=1):.4f}"
-    difference = accuracy("elalora-r4") - accuracy("lora-r4")
-    mean, std = difference.mean(), difference.std(ddof=1)
-    half = 2.5705818366 * std / np.sqrt(6)  # Student's t, 5 degrees of freedom, 97.5%
-    assert table["elalora-r4 − lora-r4"] == [
-        f"{mean:+.4f} ± {std:.4f}", f"{mean - half:+.4f} to {mean + half:+.4f}", "higher"
-    ]  # fmt: skip
-    difference = accuracy("adalora-r4", 3) - accuracy("lora-r4", 3)
-    assert table["adalora-r4 − lora-r4"] == [
-        f"{difference.mean():+.4f} ± {difference.std(ddof=1):.4f}", "", "undecided at 3 seeds"
-    ]  # fmt: skip
-    assert len([name for name in table if "−" in name]) == 3  # none of adalora-r2, of one seed
-    moving = ["adalora-r2", "adalora-r4", "elalora-r4"]
-    start = rows.index(["rank correlations", *moving])
-    correlations = {row[0]: dict(zip(moving, row[1:])) for row in rows[start + 2 :]}
-    assert [*correlations] == moving
+def tables_of(page):
+    """Heading -> row -> column -> cell."""
+    found = {}
+    for part in page.split("\n## "):
+        lines = [line for line in part.splitlines() if line.startswith("|")]
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        heading = part.partition("\n")[0] if not part.startswith("#") else ""
+        found[heading] = {row[0]: dict(zip(rows[0], row)) for row in rows[2:]}
+    return found
+
+
+def close(cell, *expected):
+    """Whether a cell has these numbers, to the digits that it shows."""
+    numbers = re.findall(r"[-+]?[\d,]+(?:\.\d+)?", cell)
+    assert len(numbers) == len(expected), cell
+    digits = [len(number.partition(".")[2]) for number in numbers]
+    return all(
+        abs(float(number.replace(",", "")) - x) <= 0.501 * 10**-n
+        for number, n, x in zip(numbers, digits, expected)
+    )
+
+
+def mean_std(values):
+    return np.mean(values), np.std(values, ddof=1)
+
+
+def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
+    """Means and deviations, differences to ElaLoRA, mean ranks, correlations of ranks, scores."""
+    write_run(tmp_path / "runs", arguments("lora", 4, 9, epochs=5), np.random.default_rng(1))
+    text = report.compare(tmp_path / "runs", runs["LoRA", 0]["arguments"])
+    page = (tmp_path / "runs/README.md").read_text()
+    assert text in page and "python reproduce.py --seeds 0\npython reproduce.py --seeds 1\n" in page
+    tables = tables_of(page)
+    assert [*tables[""]] == ["AdaLoRA, rank 2", "AdaLoRA", "ElaLoRA", "LoRA"]  # none of 5 epochs
+
+    def of(title, value, seeds=6):
+        return [value(runs[title, seed]) for seed in range(seeds)]
+
+    accuracy = {x: of(x, lambda r: r["metrics"]["accuracy"]) for x in ("ElaLoRA", "LoRA")}
+    for title, row in tables[""].items():
+        if title in accuracy:
+            assert close(row["accuracy"], *mean_std(accuracy[title]))
+            losses = of(title, lambda r: r["history"][-1]["train_loss"])
+            assert close(row["train loss"], *mean_std(losses))
+        assert row["adapter parameters"] == "1,234" and row["minutes"] == "1.5"
+    assert [row["seeds"] for row in tables[""].values()] == ["1", "3", "6", "6"]
+    moved = [(row["pruned"], row["of those added"]) for row in tables[""].values()]
+    assert moved == [("", ""), ("", ""), ("4", "2"), ("", "")]  # of 1 to 6 the first was not added
+    rows = tables["ElaLoRA minus the other runs, accuracy"]
+    assert [*rows] == ["AdaLoRA", "LoRA"]  # of one seed there is no deviation
+    difference = np.subtract(accuracy["ElaLoRA"], accuracy["LoRA"])
+    assert close(rows["LoRA"]["difference"], *mean_std(difference))
+    assert rows["LoRA"]["the reference is"] == "higher" and rows["LoRA"]["pairs"] == "6"
+    assert rows["AdaLoRA"]["the reference is"] == "not tested" and rows["AdaLoRA"]["pairs"] == "3"
+    assert "ElaLoRA minus the other runs, train loss" in tables
+    means = of("LoRA", lambda r: np.mean([r["ranks"][f"layer.{i}.b"] for i in range(3)]))
+    assert close(tables["Mean ranks"]["LoRA"]["b"], *mean_std(means))
+    (heading,) = (heading for heading in tables if heading.startswith("log10 of the scores"))
+    scores = of("ElaLoRA", lambda r: np.log10(np.maximum(r["scores"]["9"], 1e-20)))
+    for share in (0.1, 0.5, 0.9):
+        cell = tables[heading]["ElaLoRA"][str(share)]
+        assert close(cell, *mean_std(np.quantile(scores, share, axis=1)))
+    assert "LoRA" not in tables[heading]  # it has no scores
+    correlations = tables["Rank correlations (Spearman)"]
+    moving = ["AdaLoRA", "AdaLoRA, rank 2", "ElaLoRA"]
+    assert sorted({*correlations} - {"rank correlations"}) == moving
     for m, n in itertools.product(moving, repeat=2):
         pairs = [(a, b) for a, b in itertools.permutations(runs, 2) if (a[0], b[0]) == (m, n)]
-        maps = [[[*runs[key]["ranks"].values()] for key in pair] for pair in pairs]
-        found = [np.corrcoef(*pair)[0, 1] for pair in maps]
-        spread = f"({min(found):.2f} to {max(found):.2f})" if found else ""
-        assert correlations[m][n] == (f"{np.mean(found):.2f} {spread}" if found else "")
+        maps = [[np.sqrt([*runs[key]["ranks"].values()]) for key in pair] for pair in pairs]
+        found = [np.corrcoef(*pair)[0, 1] for pair in maps]  # of 0, 1, ... 8
+        expected = (np.mean(found), min(found), max(found)) if found else ()
+        assert close(correlations[m][n], *expected)
 
 
-def test_a_single_run_is_compared_with_nothing(tmp_path):
-    """No table is printed or written."""
-    arguments = dict(task="mrpc", method="lora", rank=4, seed=0, targets=[""], set=[])
-    (tmp_path / "mrpc-lora-r4-s0").mkdir()
-    path = tmp_path / "mrpc-lora-r4-s0/results.json"
-    path.write_text(json.dumps(dict(arguments=arguments)))
-    assert report.compare(tmp_path, arguments) == "" and len([*tmp_path.iterdir()]) == 1
+def test_a_page_shows_the_figures_beside_it(runs, tmp_path):
+    """Learning curves, ranks over time and by matrix, scores; by setting where many were tried."""
+    folder = tmp_path / "runs"
+    report.compare(folder)
+    shown = re.findall(r"!\[.*\]\((.*)\)", (folder / "README.md").read_text())
+    assert shown == ["curves.png", "ranks-over-time.png", "rank-maps.png", "scores.png"]
+    shutil.rmtree(folder)
+    random = np.random.default_rng(0)
+    for b, seed in itertools.product(range(8), range(2)):
+        write_run(folder, arguments("elalora", seed=seed, set=[f"b={b}"]), random)
+    report.compare(folder)
+    shown += re.findall(r"!\[.*\]\((.*)\)", (folder / "README.md").read_text())
+    assert "settings.png" in shown
+    assert all((folder / name).read_bytes()[1:4] == b"PNG" for name in shown)
+
+
+def test_a_single_run_has_a_page_and_is_compared_with_nothing(tmp_path):
+    """So nothing is printed, and no table has differences."""
+    results = write_run(tmp_path, arguments("elalora"), np.random.default_rng(0))
+    assert report.compare(tmp_path, results["arguments"]) == ""
+    tables = tables_of((tmp_path / "README.md").read_text())
+    assert [*tables[""]] == ["ElaLoRA"] == [*tables["Mean ranks"]]
+    assert not any(table for heading, table in tables.items() if "minus" in heading)
+
+
+def test_the_command_makes_every_page_and_the_picture_of_all_differences(tmp_path, capsys):
+    """The picture has a part for each folder that compares ElaLoRA with even ranks and LoRA."""
+    random = np.random.default_rng(0)
+    for name, method in itertools.product("xy", ("elalora", "svd", "lora")):
+        for seed in range(5):
+            write_run(tmp_path / name, arguments(method, seed=seed), random)
+    write_run(tmp_path / "z", arguments("lora"), random)
+    report.main([str(tmp_path / name) for name in "xyz"])
+    pages = [tmp_path / name / "README.md" for name in "xyz"]
+    assert capsys.readouterr().out.split() == [*map(str, pages)] and all(map(Path.exists, pages))
+    assert (tmp_path / "forest.png").read_bytes()[1:4] == b"PNG"

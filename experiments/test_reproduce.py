@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import time
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,19 +23,20 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import elalora
 import reproduce
-from elalora import adapter_state_dict, inject, load_adapter_state_dict, orthogonality_penalty
+from elalora import (
+    RankSchedule, adapter_state_dict, inject, load_adapter_state_dict, orthogonality_penalty,
+)  # fmt: skip
 from experiments import glue, planted
 from experiments import problem as shared
 from experiments.conftest import (
-    DEV_ROWS, ROOT, ROWS, arguments_of, prepared, python, rte_rows, tiny_config, tiny_problem,
-    torchrun, write_glue,
+    DEV_ROWS, ROOT, ROWS, arguments_of, prepared, python, rte_rows, tiny_problem, torchrun,
+    write_glue,
 )  # fmt: skip
 from experiments.problem import CHOICES, DEVICE, Config, Recipe, recipe_of, trained
 
 SHORT = ["batch_size=16", "learning_rate=0.02", "warmup=2", "stabilize=3", "interval=2", "b=4"]
-SHORT_NAME = "-".join(SHORT)  # in a run's name; 13 steps an epoch, adjustments at 4, 6, 8 and 10
+SHORT_NAME = "-".join(SHORT)  # in a run's name; 13 steps an epoch, adjustments at 4, 6 and 8
 
 
 def results_of(folder):
@@ -57,21 +57,23 @@ def imports_of(path):
 
 
 def test_imports_go_one_way():
-    """A family of problems, and what all of them share, knows nothing of the others, of the loop
-    or of the report; the report knows none of them, nor torch."""
+    """A family of problems, and what all of them share, knows nothing of other families, of the
+    loop or of the report; report and figures know none of them, nor torch."""
     files = {path.stem: imports_of(path) for path in (ROOT / "experiments").glob("[!_]*.py")}
     own = {
         name: {module.removeprefix("experiments.") for module in modules
                if module == "reproduce" or module.startswith("experiments.")}
         for name, modules in files.items() if name != "conftest" and not name.startswith("test_")
     }  # fmt: skip
-    allowed = dict(problem=set(), common={"problem"}, baselines={"problem"}, report=set())
+    allowed = dict(problem=set(), common={"problem"}, baselines={"problem"})
+    allowed |= dict(figures=set(), report={"figures"})
     allowed |= {family: {"problem", "common"} for family in reproduce.FAMILIES}
     allowed |= dict(benchmark=own.keys() | {"reproduce"})
     assert own.keys() == allowed.keys()
     for name, modules in own.items():
         assert modules <= allowed[name], name
-    assert not {module.split(".")[0] for module in files["report"]} & {"torch", "transformers"}
+    imported = {module.split(".")[0] for module in files["report"] | files["figures"]}
+    assert "pandas" in imported and not imported & {"torch", "transformers", "elalora"}
 
 
 def test_families_lists_the_tasks_of_every_family():
@@ -101,18 +103,19 @@ def test_a_mistyped_argument_is_refused_before_the_slow_imports(tmp_path):
     "task, metrics", [("rte", ["accuracy"]), ("stsb", ["pearson", "spearman"])]
 )
 def test_a_run_writes_all_that_it_promises(task, metrics, tiny, tmp_path, monkeypatch, capsys):
-    """From a float16 checkpoint without head and tokenizer.json, on data laid out like the hub's."""
+    """From a float16 checkpoint without head and tokenizer.json, on data laid out as on the hub."""
     monkeypatch.chdir(tmp_path)
     arguments = [*arguments_of(tiny, task), "--rank", "3", "--epochs", "1", "--set", *SHORT]
     reproduce.main(arguments)
     folder = tmp_path / f"runs/{task}-elalora-r3-{SHORT_NAME}-s0"
-    names = {"results.json", "ranks.png", "importance.png", "adapter.safetensors", "peft"}
+    names = {"results.json", "ranks.png", "scores.png", "adapter.safetensors", "peft"}
     assert {path.name for path in folder.iterdir()} == names
     assert all((folder / name).read_bytes()[1:4] == b"PNG" for name in names if ".png" in name)
     results = results_of(folder)
     assert list(results["metrics"]) == metrics and results["paper"] == {}
     assert results["total_steps"] == 13 and len(results["history"]) == 1
-    assert [adjustment["step"] for adjustment in results["adjustments"]] == [4, 6, 8, 10]
+    assert [adjustment["step"] for adjustment in results["adjustments"]] == [4, 6, 8]
+    assert [*results["scores"]] == ["2", "10"]
     ranks = results["ranks"]
     assert len(ranks) == 12 and sum(ranks.values()) == 36
     size = {"intermediate.dense": 16 + 32, "output.dense": 32 + 16}
@@ -126,7 +129,6 @@ def test_a_run_writes_all_that_it_promises(task, metrics, tiny, tmp_path, monkey
         red = sum(row["label"] for row in rte_rows(ROWS)[:DEV_ROWS]) / DEV_ROWS
         assert results["floor"] == dict(accuracy=pytest.approx(max(red, 1 - red)))
     # The adapter, put on a fresh base, is the model that was measured.
-    config = Config(**results["arguments"])
     problem = tiny_problem(tiny, task=task)
     base = tiny_problem(tiny, task=task)
     inject(problem.model, problem.targets, ranks, modules_to_save=problem.heads)
@@ -144,7 +146,7 @@ def test_a_run_writes_all_that_it_promises(task, metrics, tiny, tmp_path, monkey
     with pytest.raises(SystemExit):
         reproduce.main([*arguments, "--dtype", "bfloat16"])
     message = "it has dtype float32, not bfloat16; delete it or take another --output-dir"
-    assert message in capsys.readouterr().err and config == Config(**results_of(folder)["arguments"])
+    assert message in capsys.readouterr().err and results_of(folder) == results
 
 
 def test_runs_repeat_bit_for_bit(small_planted, tmp_path, monkeypatch, capsys):
@@ -152,8 +154,8 @@ def test_runs_repeat_bit_for_bit(small_planted, tmp_path, monkeypatch, capsys):
     end in a table."""
     monkeypatch.chdir(tmp_path)
     reproduce.main(["--seeds", "0", "1"])
-    assert (printed := capsys.readouterr().out.partition("| run")[2])
-    assert printed.strip() in Path("runs/table.md").read_text()
+    tables = capsys.readouterr().out.partition("\n| ")[2].strip()
+    assert "ElaLoRA" in tables and tables in Path("runs/README.md").read_text()
     reproduce.main(["--output-dir", "again"])
     folders = ("runs/planted-elalora-r4-s0", "again/planted-elalora-r4-s0")
     results = [results_of(folder) for folder in (*folders, "runs/planted-elalora-r4-s1")]
@@ -182,19 +184,6 @@ def test_a_result_is_compared_with_the_papers_only_if_set_up_as_that_was():
         assert paper(**changes) == {}, changes
 
 
-@pytest.mark.parametrize("capability", [None, "avx512_bf16", "amx_bf16", "bf16"])
-def test_bfloat16_without_instructions_for_it_is_warned_of(capability, monkeypatch, capsys):
-    """On a CPU that lacks all of them; float32 and GPUs have no warning."""
-    monkeypatch.setattr(reproduce, "DEVICE", "cpu")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, capability: True})
-    reproduce.warn_of_slow_bfloat16(Namespace(dtype="bfloat16"))
-    assert ("warning: this CPU has no" in capsys.readouterr().err) == (capability is None)
-    reproduce.warn_of_slow_bfloat16(Namespace(dtype="float32"))
-    monkeypatch.setattr(reproduce, "DEVICE", "cuda")
-    reproduce.warn_of_slow_bfloat16(Namespace(dtype="bfloat16"))
-    assert capsys.readouterr().err == ""
-
-
 # ---- What is refused ----
 BAD_ARGUMENTS = {
     "task": (["--task", "wnli"], "invalid choice: 'wnli'"),
@@ -218,22 +207,28 @@ def test_bad_arguments_end_in_one_line_and_exit_code_2(arguments, message, refus
     assert re.search(message, refusal(*arguments))
 
 
-def rewrite(rows_of, split="train"):
-    """Changes the rows of a split of RTE."""
+def rewrite(rows_of, *splits):
+    """Changes the rows of these splits of RTE."""
 
     def change(folder):
         import pyarrow.parquet
 
-        (path,) = folder.glob(f"glue/rte/{split}-*")
-        rows = pyarrow.parquet.read_table(path)
-        pyarrow.parquet.write_table(rows_of(rows), path)
+        for split in splits:
+            (path,) = folder.glob(f"glue/rte/{split}-*")
+            pyarrow.parquet.write_table(rows_of(pyarrow.parquet.read_table(path)), path)
 
     return change
 
 
 def with_label(rows, label):
-    labels = rows["label"].to_pylist()
-    return rows.set_column(2, "label", [[*labels[:-1], label]])
+    return rows.set_column(2, "label", [[*rows["label"].to_pylist()[:-1], label]])
+
+
+def without_split(folder):
+    (path,) = folder.glob("glue/rte/validation-*")
+    path.unlink()
+    path = folder / "glue/README.md"
+    path.write_text(re.sub(r"  - split: validation\n    path: rte.*\n", "", path.read_text()))
 
 
 def without_weights(folder):
@@ -261,9 +256,13 @@ HOSTILE = {  # what is done to a good folder, the error
     "no weights": (without_weights, "no file named .*pytorch_model.bin.* in .*deberta"),
     "cut weights": (cut_weights, "--model: .*deberta cannot be loaded"),
     "GPT-2": (unlike_bert, "--model: .*deberta has no matrices named query, key.*this task adapts"),
-    "column": (rewrite(lambda rows: rows.drop_columns("sentence2")), "no column 'sentence2', only"),
-    "label": (rewrite(lambda rows: with_label(rows, -1)), "train: the label is -1, not one of 0"),
-    "empty": (rewrite(lambda rows: rows[:0], "validation"), "no examples in the split 'validation'"),
+    "no split": (without_split, "no examples in the split 'validation'"),
+    "no rows": (rewrite(lambda rows: rows[:0], "validation"), "glue has no rte that can be read"),
+    "no column": (
+        rewrite(lambda rows: rows.drop_columns("sentence2"), "train", "validation"),
+        "the split 'train' has no column 'sentence2', only sentence1, label, idx",
+    ),
+    "label": (rewrite(lambda rows: with_label(rows, -1), "train"), "train: the label is -1, not"),
     "few rows": (lambda folder: None, "total_steps must hold warm-up, .*warmup_steps=300"),
 }
 
@@ -333,6 +332,17 @@ def test_a_step_of_training_is_algorithm_1s(tiny, monkeypatch):
         ends[-1] += (list(filter(None, adjusted)),)
     assert ends[0][2] == ends[1][2]
     torch.testing.assert_close(ends[0][:2], ends[1][:2], rtol=1e-4, atol=1e-6)
+
+
+def test_the_recipe_reaches_the_allocator(small_planted):
+    """The schedule of ranks and what scores them; b = 0 for svd, which moves none."""
+    settings = dict(b=5, k=2, shape="linear", beta1=0.5, beta2=0.6)
+    for method, b in (("elalora", 5), ("svd", 0)):
+        problem, config, recipe = small_planted(method, **settings)
+        allocator = reproduce.prepare(problem, replace(config, seed=7), recipe).allocator
+        assert allocator.schedule == RankSchedule(40, 6, 12, 2, b, "linear")
+        assert (allocator.k, allocator.beta1, allocator.beta2) == (2, 0.5, 0.6)
+        assert allocator.generator.initial_seed() == 7
 
 
 @pytest.mark.parametrize("name", CHOICES["lr_scheduler"])
@@ -543,6 +553,11 @@ def saved(state):
     return file.getvalue()
 
 
+def with_other_ranks(state):
+    trained = {name: w[:2] if w.ndim == 1 else w for name, w in state["trained"].items()}
+    return saved(state | {"trained": trained})
+
+
 BROKEN = {  # from a good checkpoint and its bytes: another's bytes, and why they are refused
     "cut": (lambda state, whole: whole[: len(whole) // 2], ""),
     "text": (lambda state, whole: b"weights", ""),
@@ -551,12 +566,7 @@ BROKEN = {  # from a good checkpoint and its bytes: another's bytes, and why the
         lambda state, whole: saved(state | {"arguments": state["arguments"] | {"seed": 7}}),
         "it has seed 7, not 0",
     ),
-    "other ranks": (
-        lambda state, whole: saved(
-            state | {"trained": {k: w[:2] if w.ndim == 1 else w for k, w in state["trained"].items()}}
-        ),
-        "does not fit",
-    ),
+    "other ranks": (lambda state, whole: with_other_ranks(state), "does not fit"),
     "weights missing": (
         lambda state, whole: saved(state | {"trained": dict([*state["trained"].items()][1:])}),
         "missing or unknown: deberta",
@@ -576,7 +586,7 @@ def test_a_checkpoint_that_is_not_this_runs_is_named_and_refused(
     assert exit.value.code == 130
     path.write_bytes(broken := change(torch.load(path), path.read_bytes()))
     last = refusal("--resume")
-    start = f"reproduce.py: error: {path} is no checkpoint of this run, delete it to start anew"
+    start = f"reproduce.py: error: {path} is no checkpoint of this run, delete it to start again"
     assert last.startswith(start) and reason in last and path.read_bytes() == broken
 
 
@@ -624,7 +634,7 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path, monkeypatch):
     assert result.stderr.count(" 0/90 ") == 1  # one progress bar
     (zero, log), (one, _) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
     assert zero.keys() == one.keys() and all(torch.equal(zero[key], one[key]) for key in zero)
-    assert [adjustment["step"] for adjustment in log["adjustments"]][0] == 35
+    assert log["adjustments"][0]["step"] == 35
     assert len({value.numel() for key, value in zero.items() if "Lambda" in key}) > 1
     monkeypatch.setattr(planted, "PLANTED", planted.PLANTED)  # what the script changes here
     monkeypatch.setattr(planted, "STEPS_PER_EPOCH", 30)
@@ -645,7 +655,7 @@ def test_torchrun_shares_the_examples_and_writes_once(tiny, tmp_path, refusal):
     result = torchrun(ROOT / "reproduce.py", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("stsb, elalora, rank 4, seed 0: 13 steps") == 1
-    (folder,) = tmp_path.glob("runs/*")
+    (folder,) = tmp_path.glob("runs/stsb-*")
     results = results_of(folder)
     assert results["arguments"]["processes"] == 2 and results["adjustments"]
     assert results["command"] == " ".join(["python reproduce.py", *arguments])

@@ -50,7 +50,7 @@ def open_task(task: str, data_dir: str | None) -> Path | zipfile.Path:
         try:
             root = zipfile.Path(archive, "vtab-1k/")
         except zipfile.BadZipFile as error:
-            raise ValueError(f"{archive}: {error}; download it anew") from None
+            raise ValueError(f"{archive}: {error}; download it again") from None
     if not (root / task).is_dir():
         tasks = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
         raise ValueError(f"{archive.parent}: no folder vtab-1k/{task}; there are {tasks}")
