@@ -106,7 +106,8 @@ def forest(panels: dict[str, pandas.DataFrame], path: Path) -> None:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(table)), [*table.index[::-1]])
         axis.set_title(name, loc="left", fontsize=10)
-    axes[-1].set_xlabel("points; right of 0: better than the other; grey: not detectable")
+    axes[-1].set_xlabel(
+        "percentage points; right of 0 ElaLoRA is better; grey box: would probably go unseen")
     save(figure, path)
 
 

@@ -19,6 +19,7 @@ import pandas
 METHODS = dict(
     elalora="ElaLoRA", svd="even ranks", final="its final ranks from the start",
     shuffled="its ranks, shuffled", lora="LoRA", adalora="AdaLoRA")
+TASKS = dict(planted="planted ranks", mrpc="MRPC", stsb="STS-B")
 SETTINGS = dict(
     learning_rate="lr {}", lambda_rate="Λ rate × {}", init_ratio="first rank × {}", shape="{} b",
     alpha="α = {}", gamma="penalty {}", beta1="β₁ = {}", beta2="β₂ = {}", warmup="warm-up {}",
@@ -380,8 +381,10 @@ def forest(folders: list[Path], path: Path) -> None:
         metric = "gap_closed" if "gap_closed" in rows else next(iter(runs[0]["metrics"]))
         found = differences(rows.assign(**{metric: 100 * rows[metric]}), metric, reference)
         if len(found := found.dropna()):
-            panels[f"{folder.name}, {metric.replace('_', ' ')}: {reference} minus …"] = found
+            task = TASKS.get(folder.name, folder.name)
+            panels[f"{task}, {metric.replace('_', ' ')} in %: {reference} minus …"] = found
     if panels:
+        panels = dict(sorted(panels.items(), key=lambda item: not item[0].startswith("planted")))
         write(path, lambda path: figures.forest(panels, path))
 
 
