@@ -6,7 +6,8 @@ A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. Whil
 every rank (a column of P, its singular value, its row of Q) gets a score: its smoothed sensitivity
 times the uncertainty of that sensitivity. At scheduled steps the b least important ranks of all
 matrices are pruned, and b ranks are added where even the weakest rank matters. The sum of all ranks
-never changes. The file depends only on torch (>= 2.11).
+never changes. The file depends only on torch (>= 2.11) and Python >= 3.11; export_peft also needs
+safetensors.
 
     inject(model, ["query", "value"], rank=4, modules_to_save=["classifier"])
     weights = [w for w in model.parameters() if w.requires_grad]
@@ -37,7 +38,7 @@ I_bar, U_bar    I-bar, U-bar    as P, Lambda or Q   sensitivity and uncertainty 
 importance      S_i             (r,)                score of every rank, eq. 2
 progress        P               0 to 1              share of the search that is done, eq. 4
 budget(t)       b^(t)           integer             ranks to prune and to add at step t, eq. 5
-k               k               integer             most ranks that a matrix loses and gains at once
+k               k               integer             most losses plus gains of a matrix at a time
 """
 
 import copy
@@ -62,10 +63,10 @@ RANK_DIM = {"P": 1, "Lambda": 0, "Q": 0}  # the dimension of each factor that co
 class SVDLinear(nn.Module):
     """A frozen linear layer and its low-rank update, y = W0 x + scaling P (Lambda * (Q x)).
 
-    The base, of weight (d_out, d_in), is frozen. It is only called, so a quantized nn.Linear works.
-    Lambda starts at 0, and y has the dtype of the base's output. Ours: P and Q start orthonormal,
-    so that R(P, Q) = 0. The factors are float32. scaling = alpha / rank is fixed at construction
-    (by inject, at alpha / mean rank). Dropout acts on x before Q.
+    The base, of weight (d_out, d_in), is frozen. forward() only calls it, so a quantized nn.Linear
+    works. Lambda starts at 0, and y has the dtype of the base's output. Ours: P
+    and Q start orthonormal, so that R(P, Q) = 0, and all three factors start as float32. scaling =
+    alpha / rank is fixed at construction (inject: alpha / mean rank). Dropout acts on x before Q.
 
     Raises ValueError if base_layer is no nn.Linear or is sharded, if rank is not an integer in
     1..min(d_out, d_in), or if alpha is not a positive number.
@@ -82,7 +83,7 @@ class SVDLinear(nn.Module):
         self.P, self.Lambda, self.Q = map(nn.Parameter, (P, P.new_zeros(rank), Q))
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("scaling", P.new_tensor(alpha / rank))
-        self.steps = {"done": 0, "due": 0}  # of RankAllocator: so far, and until its search ends
+        self.steps = {"done": 0, "due": 0}  # RankAllocator's, shared: so far, until its search ends
         self.base_layer = base_layer.requires_grad_(False)
 
     @property
@@ -170,6 +171,7 @@ def update_averages(parameters: Sequence[Tensor], averages: Mapping[Tensor, Mapp
         I_bar = beta1 * I_bar + (1 - beta1) * I                     eq. 3
         U_bar = beta2 * U_bar + (1 - beta2) * |I - I_bar|           eq. 3, with the new I_bar
 
+    Algorithm 1 scores after the update: w is the new weight, w.grad the gradient at the old one.
     The _foreach_ functions compute that for all parameters at once.
     """
     gradients = [w.grad.float() for w in parameters]
@@ -205,14 +207,14 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
         prunable += ascending[: min(k, len(S) - 1)]
     candidates, prunable = sorted(candidates), sorted(prunable)  # step 2
     ranks = {name: len(S) for name, S in scores.items()}
-    for n in range(min(b, len(prunable)), 0, -1):
+    for n in range(min(b, len(prunable)), 0, -1):  # fewer than b, if not so many can grow
         pruned = prunable[:n]  # step 3
         grown = _place_growth(candidates, pruned, ranks, max_ranks, n)  # step 4
         if len(grown) == n:
-            indices = {name: [] for *_, name in pruned}
+            indices: dict[str, list[int]] = {}
             for _, _, i, name in pruned:
-                indices[name] = sorted([*indices[name], i])
-            return indices, dict(Counter(grown))
+                indices.setdefault(name, []).append(i)
+            return {name: sorted(lost) for name, lost in indices.items()}, dict(Counter(grown))
     return {}, {}
 
 
@@ -245,10 +247,14 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     Ours: a new rank has a singular value of 0, so the output does not change, and a score of 0.
     Parameters stay the same objects. What states, such as optimizer.state, hold for a retained rank
     stays bit for bit; a new rank has zeros. Adam's step count stays as well, so its first updates
-    of a new rank can be up to 6.6 times as long as usual.
+    of a new rank can be up to 6.6 times as long as usual (with the default betas).
 
-    Raises ValueError, before any change, for a state of another shape than its parameter's.
+    Raises ValueError, before any change, for ranks to keep that are none or not distinct, for too
+    many new ones, or for a state of another shape than its parameter's.
     """
+    if not 0 < len(keep) == len(set(keep)):
+        raise ValueError(f"keep must have distinct ranks, and one at least, got {list(keep)}")
+    _check_layer("the resized layer", layer.base_layer, len(keep) + n_new)
     factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
     slots = _state_slots(layer, states)
     index = torch.tensor(keep, device=layer.Lambda.device)
@@ -367,7 +373,8 @@ class RankAllocator:
 
         Call it once per optimizer step, after optimizer.step() and before zero_grad(). Raises
         ValueError, before any change, if there is no gradient to score, or if the optimizer's state
-        cannot be resized. Ours: a step with a gradient that is not finite changes no score.
+        cannot be resized. Ours: a step with a gradient that is not finite changes no score, but it
+        counts as a step, and ranks may move at it.
         """
         if self.t < self.schedule.search_end:  # from the first step, so that averages settle
             self._update_averages()
@@ -424,11 +431,11 @@ class RankAllocator:
                   for key in ("I_bar", "U_bar")}
         if wrong := sorted(dict(given.items() ^ needed.items())):
             raise ValueError(f"{wrong[0][0]!r} does not fit; call load_adapter_state_dict() first")
+        self.generator.set_state(state["generator"].cpu())
+        self.t = self.steps["done"] = state["step"]
         for name, w in self.factors.items():
             saved = state["averages"][name]
             self.averages[w] = {key: saved[key].to(w.device, copy=True) for key in saved}
-        self.generator.set_state(state["generator"].cpu())
-        self.t = self.steps["done"] = state["step"]
 
 
 # ==== Around the method: merging, saving, exporting, checks =======================================
@@ -547,7 +554,8 @@ def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"{name} must be an nn.Linear, not a {type(layer).__name__}")
     if hasattr(layer.weight, "to_local") or layer.weight.dim() != 2:  # a DTensor, a flat shard
-        raise ValueError(f"{name} is sharded (FSDP, ZeRO-3); use DistributedDataParallel instead")
+        raise ValueError(f"{name} is sharded (FSDP, ZeRO-3); use DistributedDataParallel instead, "
+                         "and re-wrap the model whenever step() returns an Adjustment")
     limit = min(layer.out_features, layer.in_features)
     if type(rank) is not int or not 1 <= rank <= limit:  # bools are rejected too
         raise ValueError(f"the rank of {name} must be an integer in 1..{limit}, got {rank!r}")

@@ -665,6 +665,16 @@ def test_kept_ranks_keep_their_state_bit_for_bit(optimizer, options, keep, n_new
     train_step(model, optimizer)
 
 
+@pytest.mark.parametrize("keep, n_new", [([], 1), ([0, 0], 0), ([0, 1], 4)])
+def test_a_resize_that_cannot_be_is_refused_and_changes_nothing(keep, n_new):
+    """No rank to keep, one kept twice, and more ranks than the matrix can have."""
+    layer = randomize(SVDLinear(nn.Linear(6, 5), 3))
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError):
+        resize(layer, keep, n_new, torch.Generator(), ())
+    assert_same(layer.state_dict(), before)
+
+
 def test_an_unsuitable_optimizer_is_refused_at_the_first_step_and_nothing_changes():
     """Adafactor factors its second moment: that is said long before an adjustment is due."""
     model = adapted_net()
@@ -1091,7 +1101,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     """Recomputed activations see the factors as they are after adjustments."""
     model = adapted_net()
     optimizer, allocator = training(model)
-    for step in range(3):
+    for _ in range(3):
         x = torch.randn(4, 6, requires_grad=True)
         y = x
         for layer in model.layers:
