@@ -1085,7 +1085,7 @@ def test_compiled_models_follow_adjustments():
     model = inject(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)), ["0", "1"], 2)
     optimizer, allocator = training(model, b=1, k=1)
     compiled, ranks = torch.compile(model, dynamic=True, backend="aot_eager"), []
-    for step in range(2):
+    for _ in range(2):
         ranks.append(allocator.ranks())
         x = torch.randn(4, 6)
         torch.testing.assert_close(compiled(x), model(x))

@@ -19,7 +19,7 @@ from hypothesis import settings
 
 import reproduce
 from experiments import benchmark, glue, planted
-from experiments.problem import Config, Recipe
+from experiments.problem import Config, Recipe, trained
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
@@ -165,6 +165,30 @@ def prepared(method, tiny, total=20, **settings):
 
 
 # ---- The command ----
+def end_of(make, checkpoint, stops=()):
+    """Weights, ranks and log of a run that is interrupted in the third step of some epochs, and
+    each time made and trained again; make() gives (problem, config, recipe)."""
+
+    def until(batches, last):
+        for step, batch in enumerate(batches, 1):
+            if step == last:
+                raise KeyboardInterrupt
+            yield batch
+
+    for stop in stops:
+        problem, config, recipe = make()
+        batches = problem.batches
+        problem.batches = lambda epoch: until(batches(epoch), 3 if epoch == stop else 0)  # noqa: B023
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.train(problem, config, recipe, None, checkpoint)
+        assert len(torch.load(checkpoint)["log"]["history"]) == stop - 1
+    problem, config, recipe = make()
+    allocator, log = reproduce.train(problem, config, recipe, None, checkpoint)
+    del log["seconds"]
+    weights = {name: w.tolist() for name, w in trained(problem.model).items()}
+    return weights, allocator.ranks(), log
+
+
 @pytest.fixture
 def refusal(monkeypatch, tmp_path, capsys):
     """The last line that a command of bad arguments prints to stderr, where it wrote nothing."""

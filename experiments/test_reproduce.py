@@ -30,6 +30,7 @@ from elalora import (
 from experiments import glue, planted
 from experiments import problem as shared
 from experiments.conftest import (
+    end_of,
     DEV_ROWS, ROOT, ROWS, arguments_of, prepared, python, rte_rows, tiny_problem, torchrun,
     write_glue,
 )  # fmt: skip
@@ -403,29 +404,8 @@ def test_final_and_shuffled_train_at_the_ranks_that_elalora_found(
 @pytest.mark.parametrize("method", ["elalora", "svd", "lora", "adalora"])
 def test_every_method_resumes_bit_for_bit(method, small_planted, tmp_path):
     """A run that was interrupted in its third and fourth epochs ends as one that was not."""
-
-    def interrupted(batches, last):
-        for step, batch in enumerate(batches, 1):
-            if step == last:
-                raise KeyboardInterrupt
-            yield batch
-
-    ends = []
-    for stops in ((), (3, 4)):
-        path = tmp_path / f"{len(stops)}.pt"
-        for stop in stops:
-            problem, *rest = small_planted(method)
-            whole = problem.batches
-            problem.batches = lambda e: interrupted(whole(e), 5 if e == stop else 0)
-            with pytest.raises(KeyboardInterrupt):
-                reproduce.train(problem, *rest, None, path)
-            assert len(torch.load(path)["log"]["history"]) == stop - 1
-        problem, *rest = small_planted(method)
-        allocator, log = reproduce.train(problem, *rest, None, path)
-        del log["seconds"]
-        weights = {name: w.tolist() for name, w in trained(problem.model).items()}
-        ends.append((weights, allocator.ranks(), log))
-    assert ends[0] == ends[1]
+    whole = end_of(lambda: small_planted(method), tmp_path / "whole.pt")
+    assert end_of(lambda: small_planted(method), tmp_path / "resumed.pt", (3, 4)) == whole
 
 
 def test_an_evaluation_that_was_interrupted_is_made_again_without_training_again(

@@ -1,6 +1,5 @@
 """The laws of vtab.py, on images and models that are made here."""
 
-import itertools
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ import elalora
 import reproduce
 from experiments import vtab
 from experiments.common import matrices
+from experiments.conftest import end_of
 from experiments.problem import Config, recipe_of
 
 PHASES = ["warmup=2", "stabilize=2", "interval=2", "batch_size=4"]
@@ -172,26 +172,9 @@ def test_held_out_runs_do_not_see_the_test_images(given):
 @pytest.mark.parametrize("method", ["elalora", "lora", "adalora"])
 def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(method, given):
     """Every method goes on from the checkpoint of the epoch before."""
-
-    def interrupted(epoch):
-        yield from itertools.islice(batches(epoch), 2 if epoch == 3 else None)
-        if epoch == 3:
-            raise KeyboardInterrupt
-
-    config, ends = config_of(method=method), []
-    recipe = recipe_of(vtab.RECIPES["cifar"], config)
-    for checkpoint, interruptions in ((Path("whole.pt"), 0), (Path("resumed.pt"), 1)):
-        for attempt in range(interruptions + 1):
-            problem = problem_of(config)
-            if attempt < interruptions:
-                batches, problem.batches = problem.batches, interrupted
-                with pytest.raises(KeyboardInterrupt):
-                    reproduce.train(problem, config, recipe, None, checkpoint)
-            else:
-                reproduce.train(problem, config, recipe, None, checkpoint)
-        ends.append({n: w for n, w in problem.model.named_parameters() if w.requires_grad})
-    assert len(torch.load(checkpoint)["log"]["history"]) == 3
-    assert all(torch.equal(w, ends[1][name]) for name, w in ends[0].items())
+    recipe = recipe_of(vtab.RECIPES["cifar"], config := config_of(method=method))
+    make = lambda: (problem_of(config), config, recipe)
+    assert end_of(make, Path("resumed.pt"), (3,)) == end_of(make, Path("whole.pt"))
 
 
 def spoil(name, content):

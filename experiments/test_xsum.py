@@ -1,6 +1,5 @@
 """The laws of xsum.py, on articles and a model that are made here."""
 
-import itertools
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ import elalora
 import reproduce
 from experiments import common, xsum
 from experiments.common import matrices
+from experiments.conftest import end_of
 from experiments.problem import Config, recipe_of
 
 PHASES = ["warmup=2", "stabilize=2", "interval=2", "batch_size=8"]
@@ -102,8 +102,10 @@ def f_measure(matches, found, reference):
 def test_rouge_is_the_f_measure_of_shared_words_pairs_and_longest_subsequences():
     """Counted by hand: after stemming, ROUGE-1 and -2 match n-grams, ROUGE-L keeps the order."""
     found, reference = "cats ran under the red house", "the cat ran under a house"
-    expected = dict(rouge1=f_measure(5, range(6), range(6)), rouge2=f_measure(2, range(5), range(5)),
-                    rougeL=f_measure(4, range(6), range(6)))  # fmt: skip
+    words, pairs = (range(6), range(6)), (range(5), range(5))
+    expected = dict(
+        rouge1=f_measure(5, *words), rouge2=f_measure(2, *pairs), rougeL=f_measure(4, *words)
+    )
     assert xsum.rouge([found], [reference]) == pytest.approx(expected)
     both = xsum.rouge([found, "x"], [reference, "y"])
     assert both == pytest.approx({name: value / 2 for name, value in expected.items()})
@@ -182,27 +184,9 @@ def test_a_run_writes_maps_of_both_stacks_and_an_adapter_that_peft_generates_wit
 @pytest.mark.parametrize("method", ["elalora", "lora", "adalora"])
 def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(method, given):
     """Every method goes on from the checkpoint of its first epoch, with dropout."""
-
-    def interrupted(epoch):
-        yield from itertools.islice(batches(epoch), 2 if epoch == 2 else None)
-        if epoch == 2:
-            raise KeyboardInterrupt
-
-    config, ends = config_of(given, method=method), []
-    recipe = recipe_of(xsum.RECIPES["xsum"], config)
-    for checkpoint, interruptions in ((Path("whole.pt"), 0), (Path("resumed.pt"), 1)):
-        for attempt in range(interruptions + 1):
-            problem = problem_of(config)
-            if attempt < interruptions:
-                batches, problem.batches = problem.batches, interrupted
-                with pytest.raises(KeyboardInterrupt):
-                    reproduce.train(problem, config, recipe, None, checkpoint)
-            else:
-                _, log = reproduce.train(problem, config, recipe, None, checkpoint)
-        weights = {n: w for n, w in problem.model.named_parameters() if w.requires_grad}
-        ends.append((weights, [epoch["metrics"] for epoch in log["history"]]))
-    assert ends[0][1] == ends[1][1]
-    assert all(torch.equal(w, ends[1][0][name]) for name, w in ends[0][0].items())
+    recipe = recipe_of(xsum.RECIPES["xsum"], config := config_of(given, method=method))
+    make = lambda: (problem_of(config), config, recipe)
+    assert end_of(make, Path("resumed.pt"), (2,)) == end_of(make, Path("whole.pt"))
 
 
 def test_a_repository_with_a_loading_script_is_read_from_its_parquet_branch(given, monkeypatch):
