@@ -350,6 +350,22 @@ def test_a_page_shows_the_figures_beside_it(runs, tmp_path):
     assert all((folder / name).read_bytes()[1:4] == b"PNG" for name in shown)
 
 
+def test_the_forest_draws_every_difference_with_its_interval(tmp_path, monkeypatch):
+    """A point at the mean, and a line from the lower to the upper end of the interval."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    table = pandas.DataFrame(
+        dict(mean=[1.0, -2.0], low=[0.5, -3.0], high=[1.5, -1.0], detectable=[1.0, 2.0]),
+        index=["LoRA", "even ranks"],
+    )
+    figures.forest({"a task": table}, tmp_path / "forest.png")
+    (axis,) = drawn[0].axes
+    lines = [tuple(line.get_xdata()) for line in axis.lines]
+    assert {x for x in lines if len(x) == 1} == {(1.0,), (-2.0,)}
+    assert {(0.5, 1.5), (-3.0, -1.0)} <= {*lines}
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["even ranks", "LoRA"]
+
+
 def test_a_single_run_has_a_page_and_is_compared_with_nothing(tmp_path):
     """So nothing is printed, and no table has differences."""
     results = write_run(tmp_path, arguments("elalora"), np.random.default_rng(0))
