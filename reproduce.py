@@ -7,11 +7,11 @@
     python reproduce.py --method elalora lora adalora --seeds 0 1 2 3 4   # ends in a table
     torchrun --nproc-per-node 2 reproduce.py --task mrpc   # the same batches, shared by two GPUs
 
-A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, ranks.png, scores.png, peft/,
-adapter.safetensors; and checkpoint.pt after every epoch, for --resume. All runs of a task in
-OUTPUT_DIR are compared in OUTPUT_DIR/README.md, with figures. Tables, figures and equations are
-those of arXiv:2504.00254. Where it is silent, the learning rate rises for 10% of the run and falls
-linearly to 0, gradients are clipped to norm 1, and there is no weight decay.
+A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, ranks.png, peft/ (for PeftModel),
+of ElaLoRA adapter.safetensors and scores.png; and checkpoint.pt after every epoch, for --resume.
+All runs of a task in OUTPUT_DIR are compared in OUTPUT_DIR/README.md, with figures. Tables, figures
+and equations are those of arXiv:2504.00254. Where it is silent, the learning rate rises for 10% of
+the run and falls linearly to 0, gradients are clipped to norm 1, and there is no weight decay.
 """
 
 import argparse
@@ -50,7 +50,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "shuffled: like final, with these ranks shuffled over the matrices\n"
         "lora, adalora: PEFT's")
     add("--targets", nargs="+", default=[""], metavar="NAME",
-        help="adapt only matrices whose names end so; default: all that the paper adapts")
+        help="adapt only matrices whose names end so (output.dense: attention.output.dense,\n"
+        "too); default: all that the paper adapts")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="replaces a setting, such as learning_rate=1e-3, b=2 or lambda_rate=10;\n"
         "all are explained at Recipe in experiments/problem.py")
@@ -133,8 +134,12 @@ def prepare(problem: Problem, config: Config, recipe: Recipe,
     """Adapts the model, by default with config.rank in every matrix; makes the optimizer."""
     total = recipe.epochs * problem.steps_per_epoch
     b = recipe.b if config.method == "elalora" else 0
-    schedule = elalora.RankSchedule(
-        total, recipe.warmup, recipe.stabilize, recipe.interval, b, recipe.shape)
+    try:
+        schedule = elalora.RankSchedule(
+            total, recipe.warmup, recipe.stabilize, recipe.interval, b, recipe.shape)
+    except ValueError as error:  # with less data, or larger batches, than the paper's
+        raise ValueError(f"{error}; shorten the phases: --set warmup=... stabilize=... "
+                         "interval=...") from None
     if baseline := BASELINES.get(config.method):
         allocator = baseline(problem, config, recipe, schedule)
     else:
@@ -357,6 +362,7 @@ def run_all(args: argparse.Namespace) -> None:
                             args.targets, args.set, args.holdout, args.dtype, shared.PROCESSES)
             runs[Path(args.output_dir, folder_name(config))] = config
     check_files(args.model, args.data_dir, [*runs])
+    report.page_of(Path(args.output_dir), args.task)  # raises if a foreign README.md is there
     for config in runs.values():
         recipe = recipe_of(family_of(config).RECIPES[config.task], config)
         if recipe.batch_size % shared.PROCESSES:

@@ -48,18 +48,21 @@ def distributions(scores: dict[str, pandas.Series], path: Path) -> None:
     figure, (axis,) = new(height=4)
     for (name, S), style in zip(scores.items(), styles()):
         axis.ecdf(S, label=name, **style)
-    axis.set(xlabel="log10 of the importance score (of 0: -20)", ylabel="share of the ranks")
+    axis.set(xlabel="log10 of the importance score (a score of 0 is drawn at -20)",
+             ylabel="share of the ranks")
     figure.legend(loc="outside right upper")
     save(figure, path)
 
 
-def curves(frame: pandas.DataFrame, metrics: list[str], path: Path) -> None:
-    """Mean over the seeds and range from the lowest to the highest, by epoch and run."""
+def curves(frame: pandas.DataFrame, metrics: list[str], reference: str, path: Path) -> None:
+    """Mean over the seeds and range from the lowest to the highest, by epoch and run. The
+    reference's line is wider and on top."""
     figure, axes = new(1, len(metrics), height=4)
     for axis, metric in zip(axes, metrics):
         for (run, group), style in zip(frame.groupby("run", sort=False), styles()):
             by_epoch = group.groupby("epoch")[metric]
-            axis.plot(by_epoch.mean(), label=run, marker="o", markersize=3, **style)
+            width = dict(linewidth=2.5, zorder=3) if run == reference else dict(linewidth=1.3)
+            axis.plot(by_epoch.mean(), label=run, marker="o", markersize=3, **width, **style)
             axis.fill_between(by_epoch.mean().index, by_epoch.min(), by_epoch.max(), alpha=0.08,
                               color=style["color"], linewidth=0)
         axis.set(xlabel="epoch", title=metric.replace("_", " "))
@@ -73,25 +76,26 @@ def over_time(runs: list[pandas.DataFrame], planted: dict[str, float], path: Pat
     figure, (axis,) = new(height=4.4)
     steps = pandas.concat(runs)
     end = steps.index.max()
-    for (kind, values), style in zip(steps.items(), styles()):
+    for place, ((kind, values), style) in enumerate(zip(steps.items(), styles())):
         by_step = values.groupby(level=0)
         axis.plot(by_step.mean(), drawstyle="steps-post", label=kind, **style)
         axis.fill_between(by_step.mean().index, by_step.min(), by_step.max(), step="post",
                           alpha=0.15, color=style["color"], linewidth=0)
         if kind in planted:
-            axis.plot([end * 1.03], [planted[kind]], marker="<", markersize=9, clip_on=False,
+            axis.plot(end * (1.03 + 0.02 * place), planted[kind], marker="<", markersize=8,
                       color=style["color"])
     if planted:
-        axis.text(end * 1.05, max(planted.values()) + 0.6, "planted", ha="right")
+        axis.text(end * 1.13, max(planted.values()) + 0.6, "planted", ha="right")
     axis.set(xlabel="optimizer step", ylabel="mean rank over the layers")
     figure.legend(loc="outside right upper")
     save(figure, path)
 
 
 def forest(panels: dict[str, pandas.DataFrame], path: Path) -> None:
-    """Differences with their 95% intervals; grey: what so many seeds could not have shown.
+    """Differences with their 95% intervals, coloured where they are significant.
 
-    A panel's table has a row for every difference: mean, low, high, detectable.
+    A panel's table has a row for every difference: mean, low, high, p (corrected), detectable. A
+    true difference within the grey box would probably have gone unseen.
     """
     sizes = [*map(len, panels.values())]
     figure, axes = new(len(panels), 1, height=0.8 * len(panels) + 0.26 * sum(sizes),
@@ -100,7 +104,7 @@ def forest(panels: dict[str, pandas.DataFrame], path: Path) -> None:
         for y, (_, row) in enumerate(table[::-1].iterrows()):
             axis.fill_betweenx([y - 0.36, y + 0.36], -row["detectable"], row["detectable"],
                                color="0.9", linewidth=0)
-            color = COLORS[0] if row["low"] > 0 else COLORS[1] if row["high"] < 0 else "0.25"
+            color = "0.25" if row["p"] >= 0.05 else COLORS[0 if row["mean"] > 0 else 1]
             axis.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2)
             axis.plot(row["mean"], y, marker="o", color=color)
         axis.axvline(0, color="black", linewidth=0.8)

@@ -97,13 +97,15 @@ def recipe_of(by_rank: dict[int, Recipe], config: Config) -> Recipe:
               for name in ("warmup", "stabilize", "interval")}
     recipe = replace(recipe, epochs=epochs, **phases)
     for setting in config.set:
-        name, _, text = setting.partition("=")
-        if name not in SETTINGS:
+        name, equals, text = setting.partition("=")
+        if name not in SETTINGS or not equals:
             raise ValueError(f"--set {setting}: takes NAME=VALUE of {', '.join(SETTINGS)}")
+        kind = type(getattr(recipe, name))
         try:
-            recipe = replace(recipe, **{name: type(getattr(recipe, name))(text)})
+            recipe = replace(recipe, **{name: kind(text)})
         except ValueError as error:
-            raise ValueError(f"--set {setting}: {error}") from None
+            raise ValueError(f"--set {setting}: takes a value of type {kind.__name__}; "
+                             f"{error}") from None
     return recipe
 
 

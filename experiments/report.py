@@ -96,7 +96,8 @@ def count_pruned(results: dict) -> tuple[float, float]:
 
 
 def ranks_over_time(results: dict) -> pandas.DataFrame:
-    """The mean ranks of each kind of matrix (columns) after each adjustment (step), from 0 on."""
+    """The mean ranks of each kind of matrix (columns) at the start, after each adjustment and at
+    the end (steps)."""
     ranks = dict.fromkeys(results["ranks"], results["rank"])
     rows = {0: mean_ranks(ranks)}
     for adjustment in results["adjustments"]:
@@ -105,7 +106,7 @@ def ranks_over_time(results: dict) -> pandas.DataFrame:
         for name, n in adjustment["expanded"].items():
             ranks[name] += n
         rows[adjustment["step"]] = mean_ranks(ranks)
-    return pandas.DataFrame(rows).T
+    return pandas.DataFrame(rows | {results["total_steps"]: mean_ranks(ranks)}).T
 
 
 def describe(results: dict) -> list[str]:
@@ -160,11 +161,12 @@ def means(groups: pandas.api.typing.DataFrameGroupBy) -> pandas.DataFrame:
         for run in mean.index} for name in mean}).rename_axis("run")
 
 
-def detectable(std: float, n: int) -> float:
-    """The least mean difference of n pairs that a t-test at 5% finds in 80% of all cases."""
+def detectable(std: float, n: int, tests: int = 1) -> float:
+    """The least mean difference that a t-test of n pairs finds in 80% of all cases, at 5% shared
+    equally by so many tests, which is Holm's first step."""
     import scipy.optimize
     import scipy.stats
-    critical = scipy.stats.t.ppf(0.975, n - 1)
+    critical = scipy.stats.t.isf(0.025 / tests, n - 1)
     power = lambda d: scipy.stats.nct.sf(critical, n - 1, d * math.sqrt(n))
     return std * scipy.optimize.brentq(lambda d: power(d) - 0.8, 0.01, 50)
 
@@ -188,18 +190,21 @@ def differences(rows: pandas.DataFrame, metric: str, reference: str) -> pandas.D
         tested = len(pairs) >= 5 and pairs.std() > 0
         found[other] = dict(
             mean=pairs.mean(), std=pairs.std(), n=len(pairs),
-            **dict(low=low, high=high, p=test.pvalue) if tested else {},
-            detectable=detectable(pairs.std(), len(pairs)) if tested else math.nan)
-    table = pandas.DataFrame(found).T.reindex(
-        columns=["mean", "std", "n", "low", "high", "p", "detectable"])
-    return table.assign(p=holm(table["p"]))
+            **dict(low=low, high=high, p=test.pvalue) if tested else {})
+    table = pandas.DataFrame(found).T.reindex(columns=["mean", "std", "n", "low", "high", "p"])
+    tests = int(table["p"].count())
+    least = [detectable(row["std"], int(row["n"]), tests) if row["p"] == row["p"] else math.nan
+             for _, row in table.iterrows()]
+    return table.assign(p=holm(table["p"]), detectable=least)
 
 
 def verdict(row: pandas.Series) -> str:
     """Of a difference, at 5% after the correction."""
     if math.isnan(row["p"]):
         return "not tested"
-    return ("higher" if row["mean"] > 0 else "lower") if row["p"] < 0.05 else "inconclusive"
+    if row["p"] >= 0.05:
+        return "inconclusive"
+    return "reference higher" if row["mean"] > 0 else "reference lower"
 
 
 # ---- All runs of a task ----
@@ -277,8 +282,19 @@ def table_of_differences(found: pandas.DataFrame) -> pandas.DataFrame:
             "95% interval": f"{signed(row['low'])} to {signed(row['high'])}" if tested else "",
             "p (Holm)": f"{row['p']:.2g}" if tested else "",
             "detectable": plain(row["detectable"], digits) if tested else "",
-            "the reference is": verdict(row), "pairs": int(row["n"])}
+            "verdict": verdict(row), "pairs": int(row["n"])}
     return pandas.DataFrame(rows).T
+
+
+def page_of(folder: Path, task: str) -> tuple[Path, str]:
+    """The page of a task's runs, and how the names of its figures begin: README.md and "" if the
+    folder has runs of this task alone. ValueError if README.md is not one of report's."""
+    tasks = {path.parent.name.split("-")[0] for path in folder.glob("*-*/results.json")} | {task}
+    path = folder / (f"{task}.md" if len(tasks) > 1 else "README.md")
+    if path.exists() and MARK not in path.read_text():
+        raise ValueError(f"{path} is not a page of runs and would be overwritten; take another "
+                         "--output-dir")
+    return path, f"{task}-" if len(tasks) > 1 else ""
 
 
 def compare(folder: Path, arguments: dict | None = None) -> str:
@@ -304,66 +320,78 @@ def compare(folder: Path, arguments: dict | None = None) -> str:
     text = "\n\n".join(
         f"## {heading}\n\n{table.to_markdown(disable_numparse=True)}" if heading else
         table.to_markdown(disable_numparse=True) for heading, table in tables.items() if len(table))
-    pictures = draw(folder, runs, rows, reference, metric)
+    page_path, prefix = page_of(folder, runs[0]["task"])
+    pictures = draw(folder, prefix, runs, rows, reference, metric)
     hardware = {f"torch {r['versions']['torch']}, {r['versions']['hardware']}" for r in runs}
     legend = SINGLE if rows["seed"].nunique() < 2 else LEGEND.format(n=found[metric]["p"].count())
     page = PAGE.format(
         folder=folder.name, commands="\n".join(sorted({r["command"] for r in runs})), text=text,
         legend=legend, hardware="; ".join(sorted(hardware)),
-        pictures="\n\n".join(f"![{name}]({name}.png)" for name in pictures))
-    write(folder / "README.md", lambda path: path.write_text(page))
+        pictures="\n\n".join(f"{caption}\n\n![{name}]({prefix}{name}.png)"
+                             for name, caption in pictures.items()))
+    write(page_path, lambda path: path.write_text(page))
     return text if len(runs) > 1 else ""
 
 
-PAGE = """# {folder}
+MARK = "<!-- made by experiments/report.py -->"
+PAGE = MARK + """
+# {folder}
 
 ```sh
 {commands}
 ```
 
-{hardware}. After the last epoch: {legend}
+{hardware}
+
+After the last epoch: {legend}
 
 {text}
 
 {pictures}
 """
-LEGEND = """mean ± standard deviation over the seeds. Differences are paired by seed; {n} in a
-table are tested (Student's t, from five pairs on; p corrected by Holm for their number).
-"Detectable" is the least difference that so many pairs would show in 80% of all cases. "Of those
+LEGEND = """mean ± standard deviation over the seeds. Differences are paired by seed. Of those in a
+table, {n} are tested (Student's t, from five pairs on; p corrected by Holm for their number).
+"Detectable" is the least true difference that these tests would find in 80% of all cases. "Of those
 added" counts pruned ranks that an earlier adjustment had added."""
 SINGLE = """the numbers of single runs; no difference is tested. "Of those added" counts pruned
 ranks that an earlier adjustment had added."""
 
 
-def draw(folder: Path, runs: list[dict], rows: pandas.DataFrame, reference: str,
-         metric: str) -> list[str]:
-    """Writes the figures for which there is data, returns their names."""
+def draw(folder: Path, prefix: str, runs: list[dict], rows: pandas.DataFrame, reference: str,
+         metric: str) -> dict[str, str]:
+    """Writes the figures for which there is data, returns their names and captions."""
     from experiments import figures
     whole = [r for r in runs if not any(r["arguments"]["targets"])] or runs  # all matrices adapted
     of_reference = [r for r in runs if r["title"] == reference]
     epochs = pandas.DataFrame(
-        dict(run=r["title"], seed=r["seed"], epoch=e["epoch"],
-             train_loss=e["train_loss"]) | e["metrics"]
-        for r in whole for e in r["history"])
-    pictures = {"curves": lambda path: figures.curves(
-        epochs, ["train_loss", metric if epochs[metric].notna().all() else epochs.columns[-1]],
-        path)}
-    if {r["method"] for r in runs} == {"elalora"} and rows["run"].nunique() > 7:
-        pictures["settings"] = lambda path: figures.dots(rows, metric, reference, path)
+        dict(run=r["title"], seed=r["seed"], epoch=e["epoch"], train_loss=e["train_loss"])
+        | e["metrics"] for r in whole for e in r["history"])
+    metrics = [name for name in epochs.columns[4:] if epochs[name].notna().all()]
+    shown = ["train_loss", metric if metric in metrics else metrics[0]]
+    pictures = {}
+    if rows["run"].nunique() > 12:
+        pictures["settings"] = ("Every run, by setting; the line is the reference's mean.",
+                                lambda path: figures.dots(rows, metric, reference, path))
+    elif epochs["epoch"].max() > 1:
+        pictures["curves"] = ("Mean over the seeds, lowest and highest, by epoch.",
+                              lambda path: figures.curves(epochs, shown, reference, path))
     if any(r["adjustments"] for r in of_reference):
         planted = mean_ranks(next((r["planted_ranks"] for r in of_reference
                                    if r.get("planted_ranks")), {}))
-        pictures["ranks-over-time"] = lambda path: figures.over_time(
-            [ranks_over_time(r) for r in of_reference], planted, path)
-        pictures["rank-maps"] = lambda path: figures.heatmaps(
-            {f"seed {r['seed']}": grid(r["ranks"]) for r in of_reference[:3]}, path)
-    scores = {r["title"]: last_scores(r) for r in whole
-              if r["seed"] == rows["seed"].min()}
+        pictures["ranks-over-time"] = (
+            f"Mean, lowest and highest over the seeds of {reference}.", lambda path:
+            figures.over_time([ranks_over_time(r) for r in of_reference], planted, path))
+        pictures["rank-maps"] = (f"Final ranks of {reference}, by matrix and layer.", lambda path:
+                                 figures.heatmaps({f"seed {r['seed']}": grid(r["ranks"])
+                                                   for r in of_reference[:3]}, path))
+    first = rows["seed"].min()
+    scores = {r["title"]: last_scores(r) for r in whole if r["seed"] == first}
     if scores := {name: S for name, S in scores.items() if len(S)}:  # LoRA has none
-        pictures["scores"] = lambda path: figures.distributions(scores, path)
-    for name, picture in pictures.items():
-        write(folder / f"{name}.png", picture)
-    return [*pictures]
+        pictures["scores"] = (f"Scores of all ranks at the end of the search, seed {first}.",
+                              lambda path: figures.distributions(scores, path))
+    for name, (_, picture) in pictures.items():
+        write(folder / f"{prefix}{name}.png", picture)
+    return {name: caption for name, (caption, _) in pictures.items()}
 
 
 def forest(folders: list[Path], path: Path) -> None:
@@ -403,7 +431,7 @@ def costs(folder: Path) -> str:
     command = results.get("command", "python -m experiments.benchmark")
     hardware = f"torch {results['versions']['torch']}, {results['versions']['hardware']}"
     write(folder / "README.md", lambda path: path.write_text(
-        f"# {folder.name}\n\n```sh\n{command}\n```\n\n{hardware}\n\n"
+        f"{MARK}\n# {folder.name}\n\n```sh\n{command}\n```\n\n{hardware}\n\n"
         f"![cost of a step](cost.png)\n\n{text}\n"))
     parts = ["passes", "penalty", "optimizer", "allocator"]
     write(folder / "cost.png", lambda path: figures.bars(by_method, parts, path))
@@ -411,9 +439,11 @@ def costs(folder: Path) -> str:
 
 
 def main(folders: list[str]) -> None:
+    if not folders:
+        sys.exit("usage: python -m experiments.report FOLDER ...")
     paths = [Path(folder) for folder in folders]
     for folder in paths:
-        if [*folder.glob("**/results.json")]:
+        if [*folder.glob("results.json"), *folder.glob("*/results.json")]:
             (costs if (folder / "results.json").exists() else compare)(folder)
             print(folder / "README.md")
     forest(paths, paths[0].parent / "forest.png")

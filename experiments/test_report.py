@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 import reproduce
-from experiments import problem, report
+from experiments import figures, problem, report
 
 
 # ---- Files ----
@@ -97,12 +97,14 @@ def test_pruned_ranks_are_counted_as_if_each_had_been_followed():
 
 def test_ranks_over_time_end_where_the_run_ended():
     """They begin at the same rank everywhere, and follow what each adjustment pruned and added."""
-    results = dict(rank=4, ranks={"layer.0.q": 7, "layer.1.q": 3, "layer.0.v": 2}, adjustments=[
+    results = dict(rank=4, total_steps=30, ranks={"layer.0.q": 7, "layer.1.q": 3, "layer.0.v": 2}, adjustments=[
         dict(step=10, pruned={"layer.1.q": [0]}, expanded={"layer.0.q": 1}),
         dict(step=20, pruned={"layer.0.v": [1, 2, 3]}, expanded={"layer.0.q": 2, "layer.0.v": 1}),
     ])  # fmt: skip
     found = report.ranks_over_time(results)
-    assert found.to_dict("index") == {0: dict(q=4, v=4), 10: dict(q=4, v=4), 20: dict(q=5, v=2)}
+    assert found.to_dict("index") == {
+        0: dict(q=4, v=4), 10: dict(q=4, v=4), 20: dict(q=5, v=2), 30: dict(q=5, v=2)
+    }  # fmt: skip
     assert found.iloc[-1].to_dict() == report.mean_ranks(results["ranks"])
 
 
@@ -159,13 +161,14 @@ def test_holms_correction_multiplies_the_least_p_by_their_number_and_so_on():
     assert report.holm(pandas.Series([0.5, 0.9])).tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("n", [5, 20])
-def test_the_detectable_difference_is_found_in_four_of_five_cases(n):
-    """By simulated pairs whose true mean is that difference, and t-tests of them at 5%."""
+@pytest.mark.parametrize("n, tests", [(5, 1), (20, 1), (5, 8)])
+def test_the_detectable_difference_is_found_in_four_of_five_cases(n, tests):
+    """By simulated pairs whose true mean is that difference, and t-tests at their share of 5%."""
     random = np.random.default_rng(n)
-    pairs = random.normal(report.detectable(3.0, n), 3.0, (20_000, n))
+    pairs = random.normal(report.detectable(3.0, n, tests), 3.0, (20_000, n))
     test = scipy.stats.ttest_1samp(pairs, 0, axis=1)
-    assert np.mean((test.pvalue < 0.05) & (test.statistic > 0)) == pytest.approx(0.8, abs=0.01)
+    found = (test.pvalue < 0.05 / tests) & (test.statistic > 0)
+    assert np.mean(found) == pytest.approx(0.8, abs=0.01)
 
 
 def measurements(**metrics):
@@ -193,11 +196,15 @@ def test_differences_are_paired_by_seed_and_tested_from_five_pairs_on():
         got = found.loc[run, ["mean", "std", "n", "low", "high"]]
         assert got.tolist() == pytest.approx(expected)
     assert found["p"].dropna().to_dict() == pytest.approx(dict(near=p["near"], far=2 * p["far"]))
+    least = [report.detectable(found.loc[run, "std"], 6, 2) for run in ("near", "far")]
+    assert found.loc[["near", "far"], "detectable"].tolist() == pytest.approx(least)
     assert found.loc["few", "n"] == 4 and found.loc[["few", "same"], "low"].isna().all()
     verdicts = found.apply(report.verdict, axis=1).to_dict()
-    assert verdicts == dict(near="inconclusive", far="higher", few="not tested", same="not tested")
+    assert verdicts == dict(
+        near="inconclusive", far="reference higher", few="not tested", same="not tested"
+    )
     reverse = report.differences(rows, "accuracy", "far")
-    assert report.verdict(reverse.loc["ours"]) == "lower"
+    assert report.verdict(reverse.loc["ours"]) == "reference lower"
 
 
 # ---- Names ----
@@ -266,7 +273,7 @@ def tables_of(page):
     for part in page.split("\n## "):
         lines = [line for line in part.splitlines() if line.startswith("|")]
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-        heading = part.partition("\n")[0] if not part.startswith("#") else ""
+        heading = part.partition("\n")[0] if not part.startswith(report.MARK) else ""
         found[heading] = {row[0]: dict(zip(rows[0], row)) for row in rows[2:]}
     return found
 
@@ -312,8 +319,8 @@ def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
     assert [*rows] == ["AdaLoRA", "LoRA"]  # of one seed there is no deviation
     difference = np.subtract(accuracy["ElaLoRA"], accuracy["LoRA"])
     assert close(rows["LoRA"]["difference"], *mean_std(difference))
-    assert rows["LoRA"]["the reference is"] == "higher" and rows["LoRA"]["pairs"] == "6"
-    assert rows["AdaLoRA"]["the reference is"] == "not tested" and rows["AdaLoRA"]["pairs"] == "3"
+    assert rows["LoRA"]["verdict"] == "reference higher" and rows["LoRA"]["pairs"] == "6"
+    assert rows["AdaLoRA"]["verdict"] == "not tested" and rows["AdaLoRA"]["pairs"] == "3"
     assert "ElaLoRA minus the other runs, train loss" in tables
     means = of("LoRA", lambda r: np.mean([r["ranks"][f"layer.{i}.b"] for i in range(3)]))
     assert close(tables["Mean ranks"]["LoRA"]["b"], *mean_std(means))
@@ -335,19 +342,38 @@ def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
 
 
 def test_a_page_shows_the_figures_beside_it(runs, tmp_path):
-    """Learning curves, ranks over time and by matrix, scores; by setting where many were tried."""
-    folder = tmp_path / "runs"
-    report.compare(folder)
-    shown = re.findall(r"!\[.*\]\((.*)\)", (folder / "README.md").read_text())
-    assert shown == ["curves.png", "ranks-over-time.png", "rank-maps.png", "scores.png"]
-    shutil.rmtree(folder)
-    random = np.random.default_rng(0)
-    for b, seed in itertools.product(range(8), range(2)):
-        write_run(folder, arguments("elalora", seed=seed, set=[f"b={b}"]), random)
-    report.compare(folder)
-    shown += re.findall(r"!\[.*\]\((.*)\)", (folder / "README.md").read_text())
-    assert "settings.png" in shown
-    assert all((folder / name).read_bytes()[1:4] == b"PNG" for name in shown)
+    """Learning curves, or the results by setting where many were tried; ranks over time and by
+    matrix, scores."""
+    others, random = ["ranks-over-time.png", "rank-maps.png", "scores.png"], np.random.default_rng(0)
+    for b, seed in itertools.product(range(13), range(2)):
+        write_run(tmp_path / "many", arguments("elalora", seed=seed, set=[f"b={b}"]), random)
+    for folder, first in ((tmp_path / "runs", "curves.png"), (tmp_path / "many", "settings.png")):
+        report.compare(folder)
+        shown = re.findall(r"!\[.*\]\((.*)\)", (folder / "README.md").read_text())
+        assert shown == [first, *others]
+        assert all((folder / name).read_bytes()[1:4] == b"PNG" for name in shown)
+
+
+def test_tasks_of_one_folder_have_pages_of_their_own(runs, tmp_path):
+    """The first has README.md, a further one a page and figures with its name."""
+    report.compare(tmp_path / "runs")
+    first = (tmp_path / "runs/README.md").read_text()
+    other = runs["ElaLoRA", 0] | dict(task="rte")
+    other["arguments"] = other["arguments"] | dict(task="rte")
+    (tmp_path / "runs/rte-elalora-s0").mkdir()
+    (tmp_path / "runs/rte-elalora-s0/results.json").write_text(json.dumps(other))
+    report.compare(tmp_path / "runs", other["arguments"])
+    page = (tmp_path / "runs/rte.md").read_text()
+    assert "(rte-curves.png)" in page and (tmp_path / "runs/rte-curves.png").exists()
+    assert (tmp_path / "runs/README.md").read_text() == first
+
+
+def test_a_page_of_somebody_elses_is_not_overwritten(runs, tmp_path):
+    """Such as a project's own README.md."""
+    (path := tmp_path / "runs/README.md").write_text("# My project")
+    with pytest.raises(ValueError, match="README.md is not a page of runs"):
+        report.compare(tmp_path / "runs")
+    assert path.read_text() == "# My project"
 
 
 def test_the_forest_draws_every_difference_with_its_interval(tmp_path, monkeypatch):
@@ -355,7 +381,7 @@ def test_the_forest_draws_every_difference_with_its_interval(tmp_path, monkeypat
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     table = pandas.DataFrame(
-        dict(mean=[1.0, -2.0], low=[0.5, -3.0], high=[1.5, -1.0], detectable=[1.0, 2.0]),
+        dict(mean=[1, -2], low=[0.5, -3], high=[1.5, -1], p=[0.01, 0.2], detectable=[1, 2]),
         index=["LoRA", "even ranks"],
     )
     figures.forest({"a task": table}, tmp_path / "forest.png")
