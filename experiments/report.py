@@ -262,13 +262,18 @@ def measured(runs: list[dict]) -> pandas.DataFrame:
         for r in runs)
 
 
-def table_of_runs(rows: pandas.DataFrame) -> pandas.DataFrame:
+def table_of_runs(rows: pandas.DataFrame, floor: dict[str, dict]) -> pandas.DataFrame:
+    """One row for each setting, and one for the metrics of a guess without a model."""
     groups = rows.drop(columns="seed").groupby("run", sort=False)
     table = means(groups)
     for name, digits in (("adapter_parameters", 0), ("minutes", 1), ("pruned", 0),
                          ("of those added", 0)):
         table[name] = ["" if math.isnan(x) else plain(x, digits) for x in groups[name].mean()]
-    return table.rename(columns=lambda name: name.replace("_", " ")).assign(seeds=groups.size())
+    table = table.assign(seeds=groups.size().astype(str))
+    for name, metrics in floor.items():
+        table.loc[name] = {column: plain(metrics[column]) if column in metrics else ""
+                           for column in table}
+    return table.rename(columns=lambda name: name.replace("_", " "))
 
 
 def table_of_differences(found: pandas.DataFrame) -> pandas.DataFrame:
@@ -307,7 +312,8 @@ def compare(folder: Path, arguments: dict | None = None) -> str:
     found = {name: differences(rows, name, reference) for name in (metric, "train_loss")}
     kinds = pandas.DataFrame([mean_ranks(r["ranks"]) for r in runs])
     scores = pandas.DataFrame([last_scores(r).quantile([0.1, 0.5, 0.9]) for r in runs])
-    tables = {"": table_of_runs(rows)}
+    floor = {r["floor_name"]: r["floor"] for r in runs if r.get("floor")}
+    tables = {"": table_of_runs(rows, floor)}
     for name, table in found.items():
         heading = f"{reference} minus the other runs, {name.replace('_', ' ')}"
         tables[heading] = table_of_differences(table)

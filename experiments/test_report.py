@@ -240,7 +240,8 @@ def write_run(folder, arguments, random, mean=0.5):
         scores={"5": [1.0, 0.0], "9": [0.0, *random.random(4)] if "lora" != arguments["method"]
                 else []},
         command=f"python reproduce.py --seeds {arguments['seed'] % 2}",
-        versions=dict(torch="2.13.0", hardware="CPU"),
+        versions=dict(torch="2.13.0", hardware="CPU"), floor=dict(accuracy=0.25),
+        floor_name="a guess",
     )  # fmt: skip
     results["history"] = [
         dict(epoch=i, train_loss=random.random(), metrics=results["metrics"]) for i in (1, 2)
@@ -300,6 +301,8 @@ def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
     page = (tmp_path / "runs/README.md").read_text()
     assert text in page and "python reproduce.py --seeds 0\npython reproduce.py --seeds 1\n" in page
     tables = tables_of(page)
+    guess = tables[""].pop("a guess")
+    assert guess["accuracy"] == "0.2500" and guess["seeds"] == ""
     assert [*tables[""]] == ["AdaLoRA, rank 2", "AdaLoRA", "ElaLoRA", "LoRA"]  # none of 5 epochs
 
     def of(title, value, seeds=6):
@@ -397,7 +400,7 @@ def test_a_single_run_has_a_page_and_is_compared_with_nothing(tmp_path):
     results = write_run(tmp_path, arguments("elalora"), np.random.default_rng(0))
     assert report.compare(tmp_path, results["arguments"]) == ""
     tables = tables_of((tmp_path / "README.md").read_text())
-    assert [*tables[""]] == ["ElaLoRA"] == [*tables["Mean ranks"]]
+    assert [*tables[""]] == ["ElaLoRA", "a guess"] and [*tables["Mean ranks"]] == ["ElaLoRA"]
     assert not any(table for heading, table in tables.items() if "minus" in heading)
 
 
