@@ -4,7 +4,7 @@
     python reproduce.py --task mrpc --rank 4   # DeBERTaV3-base on GLUE, on Table 7's schedule
     python reproduce.py --task xsum --rank 2   # BART-base on XSum, Table 8
     python reproduce.py --task cifar --rank 8  # ViT-B/16 on VTAB-1k, Table 10
-    python reproduce.py --method elalora lora adalora --seeds 0 1 2 3 4   # ends in a table
+    python reproduce.py --method elalora lora --seeds 0 1 2 3 4   # ends in a table
     torchrun --nproc-per-node 2 reproduce.py --task mrpc   # the same batches, shared by two GPUs
 
 A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, ranks.png, peft/ (for PeftModel),
@@ -105,8 +105,8 @@ from experiments import figures, report
 from experiments.baselines import BASELINES
 from experiments.common import check_files, warn_of_slow_bfloat16
 from experiments.problem import (
-    DEVICE, Config, Problem, Recipe, check_alike, mean_of_processes, recipe_of, seed_of, trained,
-    versions)
+    DEVICE, Config, Problem, Recipe, check_alike, check_arguments, mean_of_processes, recipe_of,
+    seed_of, trained, versions)
 
 
 # ---- Algorithm 1's loop ----
@@ -117,16 +117,14 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     allocator: elalora.RankAllocator  # or what stands for it in baselines.py
     penalty: Callable[[], Tensor] | None
+    stateful = ("optimizer", "scheduler", "allocator")
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name).state_dict() for name in STATEFUL}
+        return {name: getattr(self, name).state_dict() for name in self.stateful}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in STATEFUL:
+        for name in self.stateful:
             getattr(self, name).load_state_dict(state[name])
-
-
-STATEFUL = ("optimizer", "scheduler", "allocator")
 
 
 def prepare(problem: Problem, config: Config, recipe: Recipe,
@@ -332,13 +330,6 @@ def write_folder(folder: Path, config: Config, problem: Problem, allocator, resu
 
 
 # ---- The command ----
-def check_arguments(had: dict, config: Config) -> None:
-    """Raises ValueError if an existing run was asked for with other arguments."""
-    for name, wanted in asdict(config).items():
-        if had.get(name) != wanted:
-            raise ValueError(f"it has {name} {had.get(name)}, not {wanted}")
-
-
 def earlier(config: Config, folder: Path, resume: bool) -> dict | None:
     """The results of a finished run, else None. ValueError if the folder holds another run."""
     if not (path := folder / "results.json").exists():

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 
 import torch
@@ -32,6 +32,13 @@ class Config:
     holdout: bool = False  # evaluate on data that no result is reported on
     dtype: str | None = None  # of autocast
     processes: int = 1
+
+
+def check_arguments(had: dict, config: Config) -> None:
+    """Raises ValueError if an existing run was asked for with other arguments."""
+    for name, wanted in asdict(config).items():
+        if had.get(name) != wanted:
+            raise ValueError(f"it has {name} {had.get(name)}, not {wanted}")
 
 
 CHOICES = dict(shape=(*elalora.SHAPES,), lr_scheduler=("linear", "cosine", "constant_with_warmup"))

@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,10 +96,12 @@ def test_pruned_ranks_are_counted_as_if_each_had_been_followed():
 
 def test_ranks_over_time_end_where_the_run_ended():
     """They begin at the same rank everywhere, and follow what each adjustment pruned and added."""
-    results = dict(rank=4, total_steps=30, ranks={"layer.0.q": 7, "layer.1.q": 3, "layer.0.v": 2}, adjustments=[
+    adjustments = [
         dict(step=10, pruned={"layer.1.q": [0]}, expanded={"layer.0.q": 1}),
         dict(step=20, pruned={"layer.0.v": [1, 2, 3]}, expanded={"layer.0.q": 2, "layer.0.v": 1}),
-    ])  # fmt: skip
+    ]
+    ranks = {"layer.0.q": 7, "layer.1.q": 3, "layer.0.v": 2}
+    results = dict(rank=4, total_steps=30, ranks=ranks, adjustments=adjustments)
     found = report.ranks_over_time(results)
     assert found.to_dict("index") == {
         0: dict(q=4, v=4), 10: dict(q=4, v=4), 20: dict(q=5, v=2), 30: dict(q=5, v=2)
@@ -347,7 +348,8 @@ def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
 def test_a_page_shows_the_figures_beside_it(runs, tmp_path):
     """Learning curves, or the results by setting where many were tried; ranks over time and by
     matrix, scores."""
-    others, random = ["ranks-over-time.png", "rank-maps.png", "scores.png"], np.random.default_rng(0)
+    others = ["ranks-over-time.png", "rank-maps.png", "scores.png"]
+    random = np.random.default_rng(0)
     for b, seed in itertools.product(range(13), range(2)):
         write_run(tmp_path / "many", arguments("elalora", seed=seed, set=[f"b={b}"]), random)
     for folder, first in ((tmp_path / "runs", "curves.png"), (tmp_path / "many", "settings.png")):
