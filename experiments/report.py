@@ -416,7 +416,7 @@ def forest(folders: list[Path], path: Path) -> None:
         found = differences(rows.assign(**{metric: 100 * rows[metric]}), metric, reference)
         if len(found := found.dropna()):
             task = TASKS.get(folder.name, folder.name)
-            panels[f"{task}, {metric.replace('_', ' ')} in %: {reference} minus …"] = found
+            panels[f"{task}, 100 × {metric.replace('_', ' ')}: {reference} minus …"] = found
     if panels:
         panels = dict(sorted(panels.items(), key=lambda item: not item[0].startswith("planted")))
         write(path, lambda path: figures.forest(panels, path))
