@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# elalora.py 1.0, a reference implementation of ElaLoRA (unofficial). Copy this file, it is enough.
+# elalora.py 1.1, a reference implementation of ElaLoRA (unofficial). Copy this file, it is enough.
 """ElaLoRA in one file: low-rank adapters whose ranks move to the matrices that need them.
 
 A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. While the model trains,
@@ -42,12 +42,15 @@ k               k               integer             most losses plus gains of a 
 """
 
 import copy
+import inspect
 import json
 import math
 import re
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -63,12 +66,13 @@ RANK_DIM = {"P": 1, "Lambda": 0, "Q": 0}  # the dimension of each factor that co
 class SVDLinear(nn.Module):
     """A frozen linear layer and its low-rank update, y = W0 x + scaling P (Lambda * (Q x)).
 
-    The base, of weight (d_out, d_in), is frozen. forward() only calls it, so a quantized nn.Linear
-    works. Lambda starts at 0, and y has the dtype of the base's output. Ours: P
-    and Q start orthonormal, so that R(P, Q) = 0, and all three factors start as float32. scaling =
-    alpha / rank is fixed at construction (inject: alpha / mean rank). Dropout acts on x before Q.
+    The base, of weight (d_out, d_in), is frozen. forward() only calls it, so a quantized or sharded
+    nn.Linear works. Lambda starts at 0, and y has the dtype of the base's output. Ours: P and Q
+    start orthonormal, so that R(P, Q) = 0. All three factors start as float32, and casts of the
+    model to a shorter type, such as model.bfloat16(), leave them so. scaling = alpha / rank is
+    fixed at construction (inject: alpha / mean rank). Dropout acts on x before Q.
 
-    Raises ValueError if base_layer is no nn.Linear or is sharded, if rank is not an integer in
+    Raises ValueError if base_layer is no nn.Linear, if rank is not an integer in
     1..min(d_out, d_in), or if alpha is not a positive number.
     """
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0):
@@ -103,14 +107,27 @@ class SVDLinear(nn.Module):
         """The update of the weight, scaling P diag(Lambda) Q, (d_out, d_in)."""
         return (self.P * (self.scaling * self.Lambda)) @ self.Q
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def move(w: Tensor) -> Tensor:  # half precision is too coarse to train factors in
+            moved = fn(w)
+            return moved if moved.dtype.itemsize >= 4 else w.to(moved.device)
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        return super()._apply(move, recurse=False)
+
     @torch.no_grad()
     def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
-        for factor, dim in RANK_DIM.items():  # so that load_state_dict() restores any rank
-            w, given = getattr(self, factor), state.get(f"{prefix}{factor}")
-            if given is not None and given.dim() == w.dim() and given.shape[dim] != w.shape[dim]:
-                w.grad = None
-                w.set_(w.new_empty(*w.shape[:dim], given.shape[dim], *w.shape[dim + 1 :]))
-        super()._load_from_state_dict(state, prefix, *args)
+        given = {f: state[prefix + f].shape for f in RANK_DIM if prefix + f in state}
+        shapes = self._shapes(rank := given.get("Lambda", self.Lambda.shape).numel())
+        if given == shapes and 1 <= rank <= min(len(self.P), self.Q.shape[1]):
+            for factor, shape in shapes.items():  # so that load_state_dict() restores any rank
+                if (w := getattr(self, factor)).shape != shape:
+                    w.grad = None
+                    w.set_(w.new_empty(shape))
+        super()._load_from_state_dict(state, prefix, *args)  # refuses what does not fit
+
+    def _shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"P": (len(self.P), rank), "Lambda": (rank,), "Q": (rank, self.Q.shape[1])}
 
 
 def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[str, int],
@@ -121,9 +138,9 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
     and "k" never matches "block". rank is that of every matrix, or a map from names to ranks such
     as RankAllocator.ranks(). The modules_to_save, such as a new head, are trained in full.
 
-    Raises ValueError, before any change, if a name matches nothing, a target is no nn.Linear, is
-    sharded or lies in a saved module, a rank is out of range, a map names other modules, or the
-    model is adapted already.
+    Raises ValueError, before any change, if a name matches nothing, a target is no nn.Linear, lies
+    in a saved module or shares its weight, the module around a target reads its weight instead of
+    calling it, a rank is out of range, a map names other modules, or the model is adapted already.
     """
     if any(isinstance(module, SVDLinear) for module in model.modules()):
         raise ValueError("the model is adapted already; merge() it, or load it again")
@@ -132,10 +149,13 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
     if not targets or ranks.keys() != targets.keys():
         raise ValueError(f"no targets, or a rank map of others: {sorted(ranks.keys() ^ targets)}")
+    trained = {w for module in saved.values() for w in module.parameters()}
     for name, module in targets.items():
         _check_layer(repr(name), module, ranks[name])
-        if any(module is inner for root in saved.values() for inner in root.modules()):
-            raise ValueError(f"{name!r} would be both adapted and saved; name it in one list only")
+        if trained.intersection(module.parameters()):
+            raise ValueError(f"{name!r} would be both adapted and saved; name it in one list only "
+                             "(tied weights count as one)")
+        _check_parent(model, name)
     new = {m: SVDLinear(m, ranks[name], alpha, dropout) for name, m in targets.items()}
     model.requires_grad_(False)
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -276,10 +296,11 @@ def _state_slots(layer: SVDLinear, states: Iterable[Mapping[Tensor, dict]]) -> l
              for state in states for key, value in state.get(w, {}).items()
              if getattr(value, "ndim", 0)]
     for w, state, key in slots:
-        if state[key].shape != w.shape:
+        if type(state[key]) is not Tensor or state[key].shape != w.shape:
             raise ValueError(
-                f"the optimizer's {key!r} has shape {list(state[key].shape)}, its parameter "
-                f"{list(w.shape)}; use an optimizer whose state has that shape, such as AdamW")
+                f"the optimizer's {key!r} is a {type(state[key]).__name__} of shape "
+                f"{list(state[key].shape)}, its parameter has {list(w.shape)}; use an optimizer "
+                "whose state is plain tensors of that shape, such as AdamW")
     return slots
 
 
@@ -359,30 +380,41 @@ class RankAllocator:
         self.factors = {_key(name, factor): getattr(layer, factor)
                         for name, layer in self.layers.items() for factor in RANK_DIM}
         self.averages = {}  # parameter -> name -> tensor, like optimizer.state
+        if any(hasattr(w, "to_local") for w in self.optimized):  # a DTensor
+            raise ValueError("the optimizer holds sharded parameters; shard the frozen ones alone: "
+                             "fully_shard(module, ignored_params=what is trained)")
         for name, w in self.factors.items():
-            if w not in self.optimized:
-                raise ValueError(f"the optimizer does not hold {name!r}; make it after inject()")
+            if w.requires_grad and w not in self.optimized:
+                raise ValueError(f"the optimizer does not hold {name!r}; make it after inject(), "
+                                 "one for all adapters")
             self.averages[w] = {key: torch.zeros_like(w).float() for key in ("I_bar", "U_bar")}
         self.t, self.generator = 0, torch.Generator("cpu").manual_seed(seed)
-        self.steps = {"done": 0, "due": schedule.search_end if schedule.b else 0}
+        moves = (t for t in range(schedule.search_end, 0, -1) if schedule.budget(t))
+        self.steps = {"done": 0, "due": next(moves, 0)}
         for layer in self.layers.values():
             layer.steps = self.steps  # so that merge() can tell of steps to come
 
     def step(self) -> Adjustment | None:
         """One iteration of Algorithm 1's loop; returns the adjustment, None where b^(t) = 0.
 
-        Call it once per optimizer step, after optimizer.step() and before zero_grad(). Raises
-        ValueError, before any change, if there is no gradient to score, or if the optimizer's state
-        cannot be resized. Ours: a step with a gradient that is not finite changes no score, but it
-        counts as a step, and ranks may move at it.
+        Call it once per optimizer step, after optimizer.step() and before zero_grad(). Ours: a step
+        with a gradient that is not finite changes no score, but it counts as a step, and ranks may
+        move at it. A layer of which a factor is frozen keeps its ranks.
+
+        Raises ValueError, before any change, if there is no gradient to score, if parameters were
+        replaced, or if the optimizer's state cannot be resized. Warns if all gradients are 0, and
+        when there are more steps than the schedule's total_steps.
         """
+        if self.t == self.schedule.total_steps:
+            warnings.warn(f"step() is called more often than total_steps = {self.t}; call it once "
+                          "per optimizer step, not for every micro-batch", stacklevel=2)
         if self.t < self.schedule.search_end:  # from the first step, so that averages settle
             self._update_averages()
         self.t = self.steps["done"] = self.t + 1
         if (b := self.schedule.budget(self.t)) == 0:
             return None
-        S = torch.cat(list(self.importance().values())).cpu()  # one transfer
-        scores = dict(zip(self.layers, map(Tensor.tolist, S.split([*self.ranks().values()]))))
+        scores = {name: S.tolist() for name, S in self.importance().items()
+                  if all(w.requires_grad for w in self.layers[name].parameters(recurse=False))}
         max_ranks = {n: min(len(layer.P), layer.Q.shape[1]) for n, layer in self.layers.items()}
         pruned, expanded = select(scores, max_ranks, self.k, b)
         for name, layer in self.layers.items():
@@ -393,17 +425,29 @@ class RankAllocator:
         return Adjustment(self.t, b, pruned, expanded)
 
     def _update_averages(self) -> None:
-        if not (scored := [w for w in self.factors.values() if w.grad is not None]):
+        scored = [w for w in self.factors.values() if w.grad is not None]
+        if not scored or self.t == 0 or self.schedule.budget(self.t + 1):
+            self._check()
+        if not scored:
             raise ValueError(
                 "no gradients: call step() after optimizer.step() and before zero_grad()")
         if any(self.averages[w]["I_bar"].shape != w.shape for w in scored):
             raise ValueError("ranks were loaded, but not the allocator's own load_state_dict()")
-        if self.t == 0 or self.schedule.budget(self.t + 1):
-            for layer in self.layers.values():  # all of them, before any layer is resized
-                _state_slots(layer, [self.optimizer.state])
         gradients = [w.grad for w in self.optimized if w.grad is not None]
-        if torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all():
+        norms = torch._foreach_norm(gradients, math.inf)
+        largest = torch.stack([norm.to(norms[0].device) for norm in norms]).max().item()
+        if largest == 0:
+            warnings.warn("all gradients are 0: call step() before zero_grad()", stacklevel=3)
+        if math.isfinite(largest):
             update_averages(scored, self.averages, self.beta1, self.beta2)
+
+    def _check(self) -> None:
+        """Of all layers, before any of them is resized."""
+        for name, layer in self.layers.items():
+            if any(self.factors[_key(name, f)] is not getattr(layer, f) for f in RANK_DIM):
+                raise ValueError(f"the parameters of {name!r} were replaced, as assign=True does "
+                                 "when loading; make optimizer and allocator after that")
+            _state_slots(layer, [self.optimizer.state])
 
     def importance(self) -> dict[str, Tensor]:
         """Module name -> S_i = s(Lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij), (rank,), float32."""
@@ -443,13 +487,17 @@ class RankAllocator:
 def merge(model: nn.Module) -> nn.Module:
     """Adds every update to its base weight, puts the frozen nn.Linear back; returns the model.
 
-    Raises ValueError, before any change, if a weight is not floating point but quantized.
+    Raises ValueError, before any change, if a weight is no plain floating-point matrix, but
+    quantized, sharded or parametrized.
     """
     layers = _adapted(model)
     _warn_if_unfinished(layers)
     for name, layer in layers.items():
-        if not (dtype := layer.base_layer.weight.dtype).is_floating_point:
-            raise ValueError(f"{name!r} has a weight of {dtype}; dequantize it before merging")
+        weight = layer.base_layer._parameters.get("weight")  # weight_norm() takes it out of there
+        if (type(weight) is not nn.Parameter or weight.shape != (len(layer.P), layer.Q.shape[1])
+                or not weight.is_floating_point() or weight.element_size() < 2):  # scaled float8
+            raise ValueError(f"{name!r} has a weight that is quantized, sharded or parametrized: "
+                             "make it a plain one (dequantize it) before merging")
     for layer in layers.values():
         weight = layer.base_layer.weight
         merged = (weight.to(layer.P.dtype) + layer.delta_weight()).to(weight.dtype)
@@ -469,6 +517,22 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
             if key in own or key.startswith(saved)}
 
 
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it the adapted layers compute as their bases, such as for DPO's reference model.
+
+    The modules_to_save stay as they were trained.
+    """
+    scalings = {layer: layer.scaling for layer in _adapted(model).values()}
+    try:
+        for layer, scaling in scalings.items():  # not in place: a backward may need it still
+            layer.scaling = torch.zeros_like(scaling)
+        yield model
+    finally:
+        for layer, scaling in scalings.items():
+            layer.scaling = scaling
+
+
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Restores adapter_state_dict() into a model with the same modules injected, at any ranks.
 
@@ -479,12 +543,14 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         raise ValueError(f"missing in the state, or unknown to the model: {', '.join(wrong[:8])}")
     for name, layer in layers.items():
         _check_layer(repr(name), layer.base_layer, state[_key(name, "Lambda")].numel())
-    for key, value in present.items():
-        shape, (name, _, factor) = list(value.shape), key.rpartition(".")
-        if name in layers and factor in RANK_DIM:
-            shape[RANK_DIM[factor]] = state[_key(name, "Lambda")].numel()
-        if list(state[key].shape) != shape:
-            raise ValueError(f"{key} has shape {list(state[key].shape)}, the model needs {shape}")
+    shapes = {key: tuple(value.shape) for key, value in present.items()}
+    for name, layer in layers.items():
+        rank = state[_key(name, "Lambda")].numel()
+        shapes |= {_key(name, factor): shape for factor, shape in layer._shapes(rank).items()}
+    for key, shape in shapes.items():
+        if state[key].shape != shape:
+            raise ValueError(f"{key} has shape {list(state[key].shape)}, the model needs "
+                             f"{list(shape)}")
     model.load_state_dict(state, strict=False)
 
 
@@ -500,6 +566,10 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
     layers, modules = _adapted(model), dict(model.named_modules(remove_duplicate=False))
     _warn_if_unfinished(layers)
     saved = [name for name, module in modules.items() if hasattr(module, "elalora_saved")]
+    trained = {w for name in saved for w in modules[name].parameters()}
+    saved += [name for name, module in modules.items()  # the other ends of tied weights
+              if trained.intersection(module.parameters(recurse=False))
+              and not f"{name}.".startswith(tuple(f"{s}." for s in saved))]
     whole = [name for name in modules if name.endswith(tuple(saved))]
     lora = {n: m for n, m in layers.items() if not any(f"{n}.".startswith(f"{w}.") for w in whole)}
     if not lora or [n for n, m in modules.items() if n and isinstance(m, SVDLinear)] != [*layers]:
@@ -513,16 +583,19 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
         tensors |= source.get_submodule(name).state_dict(prefix=f"{name}.")
     ranks = {f"^{re.escape(name)}": layer.rank for name, layer in lora.items()}
     alphas = {f"^{re.escape(n)}": layer.rank * layer.scaling.item() for n, layer in lora.items()}
+    auto = dict(base_model_class=type(model).__name__, parent_library=type(model).__module__)
     config = dict(
         peft_type="LORA", base_model_name_or_path=base_model_name, modules_to_save=saved,
+        auto_mapping=auto,  # for PEFT's AutoPeftModel classes
         target_modules="|".join(map(re.escape, lora)), r=max(ranks.values()), rank_pattern=ranks,
         lora_alpha=max(alphas.values()), alpha_pattern=alphas)
     (folder := Path(directory)).mkdir(parents=True, exist_ok=True)
-    save_file({f"base_model.model.{key}": tensor.clone(memory_format=torch.contiguous_format)
-               for key, tensor in tensors.items()}, folder / "tmp-adapter_model.safetensors")
-    (folder / "tmp-adapter_config.json").write_text(json.dumps(config, indent=1))
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        (folder / f"tmp-{file}").replace(folder / file)
+    with tempfile.TemporaryDirectory(dir=folder) as own:  # several processes may export at once
+        save_file({f"base_model.model.{key}": tensor.clone(memory_format=torch.contiguous_format)
+                   for key, tensor in tensors.items()}, f"{own}/adapter_model.safetensors")
+        Path(own, "adapter_config.json").write_text(json.dumps(config, indent=1))
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            Path(own, file).replace(folder / file)
 
 
 def _adapted(model: nn.Module) -> dict[str, SVDLinear]:
@@ -531,6 +604,9 @@ def _adapted(model: nn.Module) -> dict[str, SVDLinear]:
         raise ValueError("the model has no SVDLinear; call inject(model, ...) first")
     for name, layer in layers.items():
         _check_layer(repr(name), layer.base_layer, layer.rank)
+        if hasattr(layer.P, "to_local"):  # a DTensor
+            raise ValueError(f"{name!r} has sharded adapters; shard the frozen parameters alone: "
+                             "fully_shard(module, ignored_params=what is trained)")
     return layers
 
 
@@ -553,12 +629,24 @@ def _matching(model: nn.Module, names: Sequence[str], argument: str) -> dict[str
 def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"{name} must be an nn.Linear, not a {type(layer).__name__}")
-    if hasattr(layer.weight, "to_local") or layer.weight.dim() != 2:  # a DTensor, a flat shard
-        raise ValueError(f"{name} is sharded (FSDP, ZeRO-3); use DistributedDataParallel instead, "
-                         "and re-wrap the model whenever step() returns an Adjustment")
+    if layer.weight.dim() != 2:
+        raise ValueError(f"{name} is in flat shards (FSDP 1, ZeRO-3); use FSDP 2: "
+                         "fully_shard(module, ignored_params=what is trained)")
     limit = min(layer.out_features, layer.in_features)
     if type(rank) is not int or not 1 <= rank <= limit:  # bools are rejected too
         raise ValueError(f"the rank of {name} must be an integer in 1..{limit}, got {rank!r}")
+
+
+def _check_parent(model: nn.Module, name: str) -> None:
+    path, _, child = name.rpartition(".")
+    parent = type(model.get_submodule(path))
+    try:
+        source = inspect.getsource(parent.forward)
+    except (OSError, TypeError):  # there is none, as in an interactive session
+        return
+    if re.search(rf"\bself\.{child}\.weight\b", source):  # MultiheadAttention's out_proj, T5's wo
+        raise ValueError(f"{name!r} cannot be adapted: {parent.__name__}.forward() reads its "
+                         "weight, and would not use the adapter")
 
 
 def _warn_if_unfinished(layers: Mapping[str, SVDLinear]) -> None:
