@@ -24,7 +24,8 @@ SETTINGS = dict(
     learning_rate="lr {}", lambda_rate="Λ rate × {}", init_ratio="first rank × {}", shape="{} b",
     alpha="α = {}", gamma="penalty {}", beta1="β₁ = {}", beta2="β₂ = {}", warmup="warm-up {}",
     stabilize="stabilization {}", interval="interval {}", batch_size="batch {}", b="b = {}",
-    k="k = {}", lr_scheduler="{} learning rate", moments="{} moments")
+    k="k = {}", lr_scheduler="{} learning rate", moments="{} moments",
+    processes="{} processes")
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
