@@ -1421,7 +1421,7 @@ NO_PLAIN_WEIGHT = {
     "packed integers": Quantized(6, 5),
     "scaled float8": scaled_float8(nn.Linear(6, 5)),
     "weight norm": nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)),
-    "spectral norm": nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)),
+    "spectral norm": nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)).eval(),
     "old spectral norm": nn.utils.spectral_norm(nn.Linear(6, 5)),
 }
 
