@@ -583,7 +583,8 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
         tensors |= source.get_submodule(name).state_dict(prefix=f"{name}.")
     ranks = {f"^{re.escape(name)}": layer.rank for name, layer in lora.items()}
     alphas = {f"^{re.escape(n)}": layer.rank * layer.scaling.item() for n, layer in lora.items()}
-    auto = dict(base_model_class=type(model).__name__, parent_library=type(model).__module__)
+    kind = next(c for c in type(model).__mro__ if "torch.distributed" not in c.__module__)  # FSDP's
+    auto = dict(base_model_class=kind.__name__, parent_library=kind.__module__)
     config = dict(
         peft_type="LORA", base_model_name_or_path=base_model_name, modules_to_save=saved,
         auto_mapping=auto,  # for PEFT's AutoPeftModel classes
