@@ -296,11 +296,12 @@ def _state_slots(layer: SVDLinear, states: Iterable[Mapping[Tensor, dict]]) -> l
              for state in states for key, value in state.get(w, {}).items()
              if getattr(value, "ndim", 0)]
     for w, state, key in slots:
-        if type(state[key]) is not Tensor or state[key].shape != w.shape:
+        value = state[key]
+        if type(value) is not Tensor or (value.shape, value.device) != (w.shape, w.device):
             raise ValueError(
-                f"the optimizer's {key!r} is a {type(state[key]).__name__} of shape "
-                f"{list(state[key].shape)}, its parameter has {list(w.shape)}; use an optimizer "
-                "whose state is plain tensors of that shape, such as AdamW")
+                f"the optimizer's {key!r} is a {type(value).__name__} of shape {[*value.shape]} on "
+                f"{value.device}, its parameter has {[*w.shape]} on {w.device}; use an optimizer "
+                "whose state is plain tensors like their parameters, such as AdamW")
     return slots
 
 
@@ -380,9 +381,6 @@ class RankAllocator:
         self.factors = {_key(name, factor): getattr(layer, factor)
                         for name, layer in self.layers.items() for factor in RANK_DIM}
         self.averages = {}  # parameter -> name -> tensor, like optimizer.state
-        if any(hasattr(w, "to_local") for w in self.optimized):  # a DTensor
-            raise ValueError("the optimizer holds sharded parameters; shard the frozen ones alone: "
-                             "fully_shard(module, ignored_params=what is trained)")
         for name, w in self.factors.items():
             if w.requires_grad and w not in self.optimized:
                 raise ValueError(f"the optimizer does not hold {name!r}; make it after inject(), "
@@ -605,9 +603,9 @@ def _adapted(model: nn.Module) -> dict[str, SVDLinear]:
         raise ValueError("the model has no SVDLinear; call inject(model, ...) first")
     for name, layer in layers.items():
         _check_layer(repr(name), layer.base_layer, layer.rank)
-        if hasattr(layer.P, "to_local"):  # a DTensor
-            raise ValueError(f"{name!r} has sharded adapters; shard the frozen parameters alone: "
-                             "fully_shard(module, ignored_params=what is trained)")
+    if any(hasattr(w, "to_local") for w in model.parameters() if w.requires_grad):  # a DTensor
+        raise ValueError("a trained parameter is sharded; shard what is frozen alone: "
+                         "fully_shard(module, ignored_params=what is trained)")
     return layers
 
 
