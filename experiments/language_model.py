@@ -92,7 +92,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
         str(folder / "trainer"), num_train_epochs=1, per_device_train_batch_size=1,
         gradient_accumulation_steps=ROWS // shared.PROCESSES, per_device_eval_batch_size=2,
         learning_rate=args.learning_rate, max_grad_norm=1.0, eval_strategy="no",
-        logging_steps=max(1, args.steps // 10), save_strategy="no", report_to=[], disable_tqdm=True, seed=args.seed)
+        logging_steps=max(1, args.steps // 10), save_strategy="no", report_to=[],
+        disable_tqdm=True, seed=args.seed)
     log, kind = Log(), transformers.Trainer if args.method == "lora" else Logged
     trainer = kind(
         model, arguments, transformers.DataCollatorForSeq2Seq(tokenizer), train, evaluation,

@@ -374,12 +374,12 @@ def draw(folder: Path, prefix: str, runs: list[dict], rows: pandas.DataFrame, re
         dict(run=r["title"], seed=r["seed"], epoch=e["epoch"], train_loss=e["train_loss"])
         | e["metrics"] for r in whole for e in r["history"])
     metrics = [name for name in epochs.columns[4:] if epochs[name].notna().all()]
-    shown = ["train_loss", metric if metric in metrics else metrics[0]]
+    shown = ["train_loss", *([metric] if metric in metrics else metrics[:1])]
     pictures = {}
     if rows["run"].nunique() > 12:
         pictures["settings"] = ("Every run, by setting; the line is the reference's mean.",
                                 lambda path: figures.dots(rows, metric, reference, path))
-    elif epochs["epoch"].max() > 1:
+    elif epochs["epoch"].nunique() > 1:
         pictures["curves"] = ("Mean over the seeds, lowest and highest, by epoch.",
                               lambda path: figures.curves(epochs, shown, reference, path))
     if any(r["adjustments"] for r in of_reference):

@@ -1,7 +1,6 @@
 """The laws of adapters on quantized layers of bitsandbytes and torchao, on a CPU."""
 
 import importlib
-import shutil
 import warnings
 from functools import partial
 
@@ -15,7 +14,8 @@ from torch import nn
 from elalora import RankAllocator, RankSchedule, SVDLinear, adapter_state_dict, export_peft
 from elalora import inject, load_adapter_state_dict, merge
 from experiments.conftest import array
-from experiments.test_readme import block_with, trainable
+from experiments.test_readme import trainable
+from experiments.trainer import ElaLoRATrainer
 
 KINDS = ["bitsandbytes uint8", "bitsandbytes bfloat16", "bitsandbytes int8"]  # 4 bits in two dtypes
 KINDS += ["torchao int8", "torchao int4", "torchao float8"]
@@ -215,19 +215,17 @@ def test_bitsandbytes_optimizers_of_32_bits_train_as_those_of_torch(name, settin
 
 # ---- The Hugging Face Trainer ----
 def test_the_trainer_takes_a_quantized_model_once_it_is_not_marked_as_one(tmp_path, monkeypatch):
-    """Marked so, it is refused; then the README's Trainer trains it, saves, resumes and exports."""
+    """Marked so, it is refused; then ElaLoRATrainer trains it, saves, resumes; PEFT takes it."""
     pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(tmp_path)
     llama().save_pretrained("base")
-    block = block_with("class ElaLoRATrainer")
-
     def load():
         config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         return transformers.AutoModelForCausalLM.from_pretrained(
             "base", quantization_config=config, dtype=torch.float32, device_map="cpu"
         )
 
-    def run(code, marked):
+    def run(marked, resume=None):
         torch.manual_seed(0)
         model = inject(load(), TARGETS, 2)
         before, model.is_quantized = base_of(model), marked
@@ -236,18 +234,17 @@ def test_the_trainer_takes_a_quantized_model_once_it_is_not_marked_as_one(tmp_pa
             logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
         rows = [dict(input_ids=ids, labels=ids) for ids in IDS.repeat(24, 1)]
-        names = dict(injected=model, arguments=arguments, dataset=rows)
-        exec(compile(code, "README.md", "exec"), names)
+        trainer = ElaLoRATrainer(model, arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
         assert base_of(model) == before
-        return model, [row["loss"] for row in names["trainer"].state.log_history if "loss" in row]
+        return model, [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
     with pytest.raises(ValueError, match="purely quantized"):
-        run(block, marked=True)
-    model, losses = run(block, marked=False)
+        run(marked=True)
+    model, losses = run(marked=False)
     assert losses[-1] < 0.95 * losses[0]
     assert len({layer.rank for layer in model.modules() if isinstance(layer, SVDLinear)}) > 1
+    export_peft(model, "adapter", "base")
     assert_same_logits(peft.PeftModel.from_pretrained(load(), "adapter"), model)
-    shutil.rmtree("out/checkpoint-24")
-    resume = block.replace("trainer.train()", "trainer.train(resume_from_checkpoint=True)")
-    resumed, losses_too = run(resume, marked=False)
+    resumed, losses_too = run(marked=False, resume="out/checkpoint-12")
     assert losses_too == losses and raw(resumed.state_dict()) == raw(model.state_dict())

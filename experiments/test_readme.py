@@ -1,20 +1,27 @@
 """The laws of README.md and results/: its code runs, and what it says was measured was measured."""
 
+import copy
 import inspect
 import re
 import shlex
 import shutil
+import sys
 from types import SimpleNamespace
 
+import accelerate
+import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from torch import nn
 
 import reproduce
-from elalora import RankAllocator, SVDLinear, adapter_state_dict, inject, orthogonality_penalty
-from experiments import report
-from experiments.conftest import ROOT, torchrun
+from elalora import (
+    RANK_DIM, RankAllocator, RankSchedule, SVDLinear, adapter_state_dict, inject, merge,
+    orthogonality_penalty, resize)
+from experiments import report, trainer
+from experiments.conftest import ROOT, array, torchrun
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -55,12 +62,12 @@ def trainable(model):
 # ---- Its code ----
 def test_the_loops_of_the_readme_train_save_load_and_merge(tmp_path, monkeypatch):
     """With a model and data in place of the reader's; singular values get a rate of their own."""
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 8
     monkeypatch.chdir(tmp_path)
     loader = [{"x": torch.randn(4, 6)} for _ in range(1740)]
     injected = Net()
     names = dict(load_base_model=Net, model=injected, loader=loader, torch=torch)
-    exec(compile(block_with("for batch in loader:\n    loss = model("), "README.md", "exec"), names)
+    exec(compile(block_with('target_modules=["query'), "README.md", "exec"), names)
     held = [w for group in names["optimizer"].param_groups for w in group["params"]]
     assert held == trainable(injected)
     exec(compile(block_with("groups = {"), "README.md", "exec"), names)
@@ -68,81 +75,151 @@ def test_the_loops_of_the_readme_train_save_load_and_merge(tmp_path, monkeypatch
     adapted = [layer for layer in injected.modules() if isinstance(layer, SVDLinear)]
     expected = {w: 5e-4 for w in trainable(injected)} | {layer.Lambda: 5e-3 for layer in adapted}
     assert rates == expected
-    exec(compile(block_with("export_peft(model"), "README.md", "exec"), names)
+    exec(compile(block_with("export_peft(model,"), "README.md", "exec"), names)
     assert not any(isinstance(module, SVDLinear) for module in names["model"].modules())
     x = torch.randn(4, 6)
     torch.testing.assert_close(names["model"](x).logits, injected(x).logits)
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
 
 
-SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
+def names_of_layers(config, kind):
+    """A tiny model of one layer, and what the README's table names for it."""
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    sizes |= dict(d_model=16, encoder_layers=1, decoder_layers=1, num_key_value_heads=1)
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(
+        getattr(transformers, config)(**sizes, vocab_size=40, pad_token_id=0))
+    name = config.removesuffix("Config").removesuffix("Text").rstrip("0123456789").removesuffix("V")
+    (row,) = [row for row in README.splitlines() if re.match(rf"\| .*\b{name}", row, re.IGNORECASE)]
+    return model, re.findall("`(.+?)`", row)
 
 
-@pytest.mark.parametrize("kind", ["classifier", "language model"])
-def test_the_trainer_of_the_readme_trains_like_algorithm_1_and_resumes(kind, tmp_path, monkeypatch):
-    """With accumulation, clipping and a checkpoint it is the plain loop; resumed, it ends alike."""
+@pytest.mark.parametrize(
+    "config, kind",
+    [
+        *[(f"{name}Config", "CausalLM") for name in ("Llama", "Qwen2", "Qwen3", "Mistral")],
+        ("Gemma3TextConfig", "CausalLM"),
+        *[(f"{n}Config", "SequenceClassification") for n in ("Bert", "Roberta", "DebertaV2")],
+        ("BartConfig", "Seq2SeqLM"),
+        ("ViTConfig", "ImageClassification"),
+    ],
+)  # fmt: skip
+def test_the_names_of_the_readme_are_all_matrices_of_a_layer(config, kind):
+    """What they leave out of the linear layers is the head."""
+    model, names = names_of_layers(config, kind)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    inject(model, names, 2)
+    layers = {name for name, module in model.named_modules() if isinstance(module, SVDLinear)}
+    heads = ("lm_head", "classifier", "pooler")
+    assert layers == {name for name in linear if not name.removeprefix("bert.").startswith(heads)}
+
+
+def test_the_trainer_of_the_readme_trains_and_exports(tmp_path, monkeypatch):
+    """Word for word, with a tiny model in place of the reader's; test_trainer has its laws."""
     monkeypatch.chdir(tmp_path)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 40, (48, 6), generator=generator)
-    if kind == "classifier":
-        targets, heads, labels = ["query", "output.dense"], ["pooler", "classifier"], ids[:, 0] % 2
-        config = transformers.BertConfig(
-            **SIZES, intermediate_size=32, hidden_dropout_prob=0, attention_probs_dropout_prob=0
-        )
-        base = transformers.BertForSequenceClassification
-    else:  # whose loss the Trainer would divide by its number of tokens; rows of unlike length
-        targets, heads, labels = ["q_proj", "down_proj"], [], ids.clone()
-        labels[::3, 2:] = -100
-        config = transformers.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=1)
-        base = transformers.LlamaForCausalLM
-    rows = [dict(input_ids=x, labels=y) for x, y in zip(ids, labels)]
+    monkeypatch.setitem(sys.modules, "trainer", trainer)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=32, vocab_size=40))  # fmt: skip
+    arguments = transformers.TrainingArguments(
+        "out", max_steps=12, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no")
+    ids = torch.randint(40, (96, 6))
+    names = dict(
+        model=model, arguments=arguments, dataset=[dict(input_ids=x, labels=x) for x in ids])
+    exec(compile(block_with("ElaLoRATrainer(").replace("rank=8", "rank=4"), "README.md", "exec"),
+         names)  # fmt: skip
+    assert names["trainer"].allocator.t == 12
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(merge(model)), "adapter")
+    assert len(set(loaded.peft_config["default"].rank_pattern.values())) > 1
 
-    def fresh():
-        torch.manual_seed(0)
-        return inject(base(config), targets, 2, modules_to_save=heads)
 
-    def train(model, **kwargs):
-        arguments = transformers.TrainingArguments(
-            "out", max_steps=24, per_device_train_batch_size=2, gradient_accumulation_steps=4,
-            max_grad_norm=1.0, learning_rate=0.05, lr_scheduler_type="constant", save_steps=12,
-            optim="sgd", report_to=[], disable_tqdm=True, use_cpu=True, seed=5,
-            train_sampling_strategy="sequential",
-        )  # fmt: skip
-        names = dict(injected=model, arguments=arguments, dataset=rows)
-        resumed = "trainer.train(resume_from_checkpoint=True)" if kwargs else "trainer.train()"
-        code = block_with("class ElaLoRATrainer").replace("trainer.train()", resumed)
-        exec(compile(code, "README.md", "exec"), names)
-        return names["trainer"]
+def test_accelerates_loop_of_the_readme_is_algorithm_1():
+    """The allocator steps once for four micro-batches; ranks and weights are the plain loop's."""
+    accelerate.state.GradientState._reset_state()  # of the Trainers before
+    results = []
+    micro = [dict(x=torch.randn(2, 6)) for _ in range(48)]
+    for accelerator in (accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4), None):
+        model = inject(Net(), ["query", "dense"], 2, modules_to_save=["head"])
+        optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+        allocator = RankAllocator(model, optimizer, RankSchedule(12, 2, 2, 2, 2), k=1)
+        if accelerator:
+            names = dict(
+                accelerator=accelerator, model=model, allocator=allocator, loader=micro,
+                orthogonality_penalty=orthogonality_penalty,
+                optimizer=accelerator.prepare(optimizer))  # fmt: skip
+            exec(block_with("accelerator.accumulate("), names)
+        else:
+            for i in range(0, 48, 4):
+                loss = sum(model(**batch).loss for batch in micro[i : i + 4]) / 4
+                (loss + 0.1 * orthogonality_penalty(model)).backward()
+                optimizer.step()
+                allocator.step()
+                optimizer.zero_grad()
+        assert allocator.t == 12 and len(set(allocator.ranks().values())) > 1
+        results.append(adapter_state_dict(model))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
-    trainer = train(fresh())
-    allocators = [getattr(c, "allocator", None) for c in trainer.callback_handler.callbacks]
-    (allocator,) = filter(None, allocators)
-    assert allocator.t == 24 and len(set(allocator.ranks().values())) > 1
-    # The plain loop
-    plain = fresh()
-    optimizer = torch.optim.SGD(trainable(plain), 0.05)
-    own = RankAllocator(plain, optimizer, allocator.schedule, 1)
-    plain.train()
-    for step in range(24):
-        index = torch.arange(8 * step, 8 * step + 8) % 48
-        parts = list(zip(ids[index].split(2), labels[index].split(2)))
-        for x, y in parts:
-            (plain(input_ids=x, labels=y).loss / 4).backward()
-        (0.1 * orthogonality_penalty(plain)).backward()
-        nn.utils.clip_grad_norm_(trainable(plain), 1.0)
+
+def test_averaged_weights_of_the_readme_follow_the_ranks():
+    """Every rank's average is that of the rank itself since it was added, in float64 NumPy."""
+    model = inject(Net(), ["query", "dense"], 2, modules_to_save=["head"])
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    allocator = RankAllocator(model, optimizer, RankSchedule(40, 2, 2, 2, 2, "constant"), k=1)
+    vectors = lambda layer: np.concatenate([array(layer.P), array(layer.Lambda)[None],
+                                            array(layer.Q).T]).T  # fmt: skip
+    expected, moved = None, 0
+
+    class Step:  # stands for the allocator, and follows every rank by itself
+        def step(self):
+            nonlocal expected, moved
+            adjustment = allocator.step()
+            present = {name: vectors(layer) for name, layer in allocator.layers.items()}
+            if expected is None:
+                expected = present  # the first update copies
+                return adjustment
+            moved += bool(adjustment and adjustment.expanded)
+            for name, now in present.items():
+                lost = adjustment.pruned.get(name, []) if adjustment else []
+                kept = np.delete(expected[name], lost, axis=0)
+                old = np.concatenate([kept, now[len(kept) :]])
+                expected[name] = 0.9 * old + 0.1 * now
+            return adjustment
+
+    names = dict(
+        model=model, optimizer=optimizer, allocator=Step(), torch=torch, resize=resize,
+        loader=[dict(x=torch.randn(4, 6)) for _ in range(40)],
+        get_ema_multi_avg_fn=lambda decay: torch.optim.swa_utils.get_ema_multi_avg_fn(0.9),
+        orthogonality_penalty=orthogonality_penalty)  # fmt: skip
+    exec(block_with("def follow("), names)
+    assert moved > 10
+    for name, own in expected.items():
+        averaged = vectors(names["averaged"].module.get_submodule(name))
+        np.testing.assert_allclose(averaged, own, rtol=1e-4, atol=1e-5)
+
+
+def test_the_readmes_model_is_compiled_once(monkeypatch):
+    """Marked as the README says, it follows more adjustments than torch would compile for."""
+    monkeypatch.setattr(torch._dynamo.config, "force_parameter_static_shapes", False)
+    names = [str(i) for i in range(6)]
+    model = inject(nn.Sequential(*(nn.Linear(24, 24) for _ in names)), names, 12)
+    graphs, stock = [], torch.compile
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
+    monkeypatch.setattr(torch, "compile", lambda model: stock(model, backend=backend))
+    names = dict(model=model, torch=torch, SVDLinear=SVDLinear, RANK_DIM=RANK_DIM)
+    exec(block_with("torch.compile(model)"), names)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    allocator = RankAllocator(model, optimizer, RankSchedule(12, 0, 2, 1, 1, "constant"), k=1)
+    seen = set()
+    for _ in range(11):
+        seen.add(tuple(allocator.ranks().values()))
+        x = torch.randn(4, 24)
+        y = names["compiled"](x)
+        torch.testing.assert_close(y, model(x))
+        y.square().sum().backward()
         optimizer.step()
-        own.step()
+        allocator.step()
         optimizer.zero_grad()
-    assert own.ranks() == allocator.ranks()
-    expected = adapter_state_dict(plain)
-    torch.testing.assert_close(adapter_state_dict(trainer.model), expected, rtol=1e-3, atol=1e-4)
-    # From the checkpoint of step 12
-    whole = adapter_state_dict(trainer.model)
-    shutil.rmtree("out/checkpoint-24")
-    resumed = train(fresh(), resume=True)
-    assert resumed.state.global_step == 24
-    got = adapter_state_dict(resumed.model)
-    assert all(torch.equal(got[key], value) for key, value in whole.items())
+    assert len(seen) > torch._dynamo.config.recompile_limit
+    assert len(graphs) == 1
 
 
 DDP = f"""

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer for a model after inject(). Copy this file beside elalora.py.
+"""Hugging Face's Trainer (transformers 5.23) for a model after inject(), to copy beside elalora.py.
 
     inject(model, ["q_proj", "v_proj"], rank=8)
     trainer = ElaLoRATrainer(model, arguments, train_dataset=dataset)
@@ -6,7 +6,8 @@
     export_peft(trainer.model, "adapter", base_model_name="google/gemma-3-270m")
 
 It runs in one process, or in several under torchrun. Loss and gradients are the Trainer's own, plus
-the orthogonality penalty once per optimizer step. A checkpoint holds what is trained, not the base.
+the orthogonality penalty once per optimizer step. Ranks stay during the first 15% of the steps and
+the last 25%. A checkpoint holds what is trained, not the base.
 """
 
 import torch
@@ -30,15 +31,12 @@ class ElaLoRATrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.add_callback(MoveRanks(self))
 
-    def schedule(self, total):
-        """To choose other settings, override this."""
-        b = round(0.03 * sum(isinstance(m, SVDLinear) for m in self.model.modules()))
-        return RankSchedule(total, total * 15 // 100, total // 4, max(1, total // 33), max(1, b))
-
     def create_scheduler(self, num_training_steps, *args, **kwargs):  # the optimizer exists by now
-        schedule = self.schedule(num_training_steps)
+        b = round(0.03 * sum(isinstance(m, SVDLinear) for m in self.model.modules()))
+        n = num_training_steps
+        schedule = RankSchedule(n, n * 15 // 100, n // 4, max(1, n // 33), max(1, b))
         self.allocator = RankAllocator(self.model, self.optimizer, schedule, k=1)
-        return super().create_scheduler(num_training_steps, *args, **kwargs)
+        return super().create_scheduler(n, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -66,9 +64,8 @@ class ElaLoRATrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint:
-            state = torch.load(f"{checkpoint}/allocator.pt", weights_only=True)
-            self.allocator.load_state_dict(state)
+        state = torch.load(f"{checkpoint}/allocator.pt", weights_only=True)
+        self.allocator.load_state_dict(state)
 
     def _issue_warnings_after_load(self, result):  # that the base is missing is as it should be
         if missing := adapter_state_dict(self.model).keys() & {*result.missing_keys}:
