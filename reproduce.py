@@ -247,7 +247,7 @@ def restore(path: Path, config: Config, model: nn.Module, training: Training) ->
         return saved["log"]
     except Exception as error:  # a broken file makes torch.load raise all kinds
         raise ValueError(f"{path} is no checkpoint of this run, delete it to start again "
-                         f"({type(error).__name__}: {error})") from None
+                         f"({type(error).__name__}: {' '.join(str(error).split())})") from None
 
 
 # ---- One run's folder ----

@@ -196,9 +196,9 @@ def test_averaged_weights_of_the_readme_follow_the_ranks():
         np.testing.assert_allclose(averaged, own, rtol=1e-4, atol=1e-5)
 
 
+@torch._dynamo.config.patch(force_parameter_static_shapes=True)  # which the README changes
 def test_the_readmes_model_is_compiled_once(monkeypatch):
     """Marked as the README says, it follows more adjustments than torch would compile for."""
-    monkeypatch.setattr(torch._dynamo.config, "force_parameter_static_shapes", False)
     names = [str(i) for i in range(6)]
     model = inject(nn.Sequential(*(nn.Linear(24, 24) for _ in names)), names, 12)
     graphs, stock = [], torch.compile
