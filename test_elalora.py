@@ -1311,9 +1311,9 @@ def test_low_precision_training_follows_float32(base, autocast):
 
 
 def test_parameters_that_are_replaced_under_an_allocator_are_refused():
-    """load_state_dict(assign=True) leaves the optimizer with parameters of no use."""
+    """load_state_dict(assign=True) leaves the optimizer with parameters of no use; at any step."""
     model = adapted_net()
-    optimizer, allocator = training(model)
+    optimizer, allocator = training(model, schedule=RankSchedule(100, 50, 10, 10, 2))
     train_step(model, optimizer, allocator)
     model.load_state_dict(model.state_dict(), assign=True)
     loss_of(model).backward()

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
         gradient_accumulation_steps=ROWS // shared.PROCESSES, per_device_eval_batch_size=2,
         learning_rate=args.learning_rate, max_grad_norm=1.0, eval_strategy="no",
         logging_steps=max(1, args.steps // 10), save_strategy="no", report_to=[],
-        disable_tqdm=True, seed=args.seed)
+        disable_tqdm=True, seed=args.seed, use_cpu=shared.DEVICE == "cpu")
     log, kind = Log(), transformers.Trainer if args.method == "lora" else Logged
     trainer = kind(
         model, arguments, transformers.DataCollatorForSeq2Seq(tokenizer), train, evaluation,
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
     trained = sum(w.numel() for w in shared.trained(model).values())
     results = dict(
         task="xsum", method=args.method, rank=args.rank, seed=args.seed, metrics=metrics,
-        floor=dict(evaluation_loss=before), floor_name="before training", total_steps=args.steps,
+        floor=dict(evaluation_loss=before), floor_name="before training", total_steps=trainer.state.global_step,
         ranks={name: layer.rank for name, layer in layers.items()}, history=log.history,
         adjustments=getattr(trainer, "adjustments", []), scores={"end": []},
         adapter_parameters=trained, trainable_parameters=trained,
