@@ -108,7 +108,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
     trained = sum(w.numel() for w in shared.trained(model).values())
     results = dict(
         task="xsum", method=args.method, rank=args.rank, seed=args.seed, metrics=metrics,
-        floor=dict(evaluation_loss=before), floor_name="before training", total_steps=trainer.state.global_step,
+        floor=dict(evaluation_loss=before), floor_name="before training",
+        total_steps=trainer.state.global_step,
         ranks={name: layer.rank for name, layer in layers.items()}, history=log.history,
         adjustments=getattr(trainer, "adjustments", []), scores={"end": []},
         adapter_parameters=trained, trainable_parameters=trained,
