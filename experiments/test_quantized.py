@@ -1,4 +1,7 @@
-"""The laws of adapters on quantized layers of bitsandbytes and torchao, on a CPU."""
+"""The laws of adapters on quantized layers of bitsandbytes and torchao, on a CPU.
+
+    pip install bitsandbytes==0.50.2 torchao==0.18.0  # else nearly all of them are skipped
+"""
 
 import importlib
 import warnings

@@ -50,7 +50,7 @@ class ElaLoRATrainer(Trainer):
         adjustment = self.allocator.step()
         ddp = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)  # within torch.compile
         if adjustment and isinstance(ddp, DistributedDataParallel):  # its buckets have old shapes
-            options = self.accelerator.ddp_handler.to_kwargs()
+            options = self.accelerator.ddp_handler.to_kwargs() | dict(init_sync=False)
             ddp.__init__(ddp.module, ddp.device_ids, ddp.output_device, **options)
         return adjustment
 
