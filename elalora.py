@@ -381,6 +381,7 @@ class RankAllocator:
         self.factors = {_key(name, factor): getattr(layer, factor)
                         for name, layer in self.layers.items() for factor in RANK_DIM}
         self.averages = {}  # parameter -> name -> tensor, like optimizer.state
+        _check_whole(self.optimized)
         for name, w in self.factors.items():
             if w.requires_grad and w not in self.optimized:
                 raise ValueError(f"the optimizer does not hold {name!r}; make it after inject(), "
@@ -511,8 +512,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of P, Lambda, Q, scaling of every adapted module, and all of every module_to_save."""
     own = {_key(name, key) for name in _adapted(model) for key in (*RANK_DIM, "scaling")}
     saved = tuple(f"{n}." for n, m in model.named_modules() if hasattr(m, "elalora_saved"))
-    return {key: value.clone() for key, value in model.state_dict().items()
-            if key in own or key.startswith(saved)}
+    state = {key: value.clone() for key, value in model.state_dict().items()
+             if key in own or key.startswith(saved)}
+    _check_whole(state.values())
+    return state
 
 
 @contextmanager
@@ -603,9 +606,7 @@ def _adapted(model: nn.Module) -> dict[str, SVDLinear]:
         raise ValueError("the model has no SVDLinear; call inject(model, ...) first")
     for name, layer in layers.items():
         _check_layer(repr(name), layer.base_layer, layer.rank)
-    if any(hasattr(w, "to_local") for w in model.parameters() if w.requires_grad):  # a DTensor
-        raise ValueError("a trained parameter is sharded; shard what is frozen alone: "
-                         "fully_shard(module, ignored_params=what is trained)")
+    _check_whole(layer.P for layer in layers.values())
     return layers
 
 
@@ -634,6 +635,12 @@ def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
     limit = min(layer.out_features, layer.in_features)
     if type(rank) is not int or not 1 <= rank <= limit:  # bools are rejected too
         raise ValueError(f"the rank of {name} must be an integer in 1..{limit}, got {rank!r}")
+
+
+def _check_whole(trained: Iterable[Tensor]) -> None:
+    if any(hasattr(w, "to_local") for w in trained):  # a DTensor
+        raise ValueError("a trained parameter is sharded; shard what is frozen alone: "
+                         "fully_shard(module, ignored_params=what is trained)")
 
 
 def _check_parent(model: nn.Module, name: str) -> None:
