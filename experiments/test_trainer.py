@@ -18,18 +18,34 @@ SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_s
 IDS = torch.randint(3, 40, (48, 6), generator=torch.Generator().manual_seed(0))
 LABELS = {"classifier": IDS[:, 0] % 2, "language model": IDS.clone()}
 LABELS["language model"][::3, 2:] = -100  # batches of unlike numbers of tokens
+LABELS["module"] = LABELS["classifier"]
+
+
+class Module(nn.Module):
+    """A classifier that is not asked to divide its loss: the Trainer does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels):
+        return dict(self.model(input_ids=input_ids, labels=labels))
 
 
 def build(kind):
-    """A tiny model after inject()."""
+    """A tiny model after inject(), with a penalty that is felt."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         **SIZES, intermediate_size=24, num_key_value_heads=1, pad_token_id=0)
-    if kind == "classifier":
-        model, heads = transformers.LlamaForSequenceClassification(config), ["score"]
-    else:
+    if kind == "language model":
         model, heads = transformers.LlamaForCausalLM(config), []
-    return inject(model, ["q_proj", "down_proj"], 2, modules_to_save=heads)
+    else:
+        model, heads = transformers.LlamaForSequenceClassification(config), ["score"]
+    model = inject(Module(model) if kind == "module" else model, ["q_proj", "down_proj"], 2,
+                   modules_to_save=heads)  # fmt: skip
+    for name, w in model.named_parameters():
+        w.data *= 1.5 if name.endswith(".P") else 1
+    return model
 
 
 def train(kind, folder, resume=None, accumulate=4, total=24, **kwargs):
@@ -57,7 +73,7 @@ def plain_loop(kind, schedule):
     allocator = RankAllocator(model, optimizer, schedule, 1)
     for step in range(24):
         index = torch.arange(8 * step, 8 * step + 8) % 48
-        loss = model(input_ids=IDS[index], labels=LABELS[kind][index]).loss
+        loss = model(input_ids=IDS[index], labels=LABELS[kind][index])["loss"]
         if kind == "classifier":
             loss = 4 * loss  # the stock Trainer adds up the means of a classifier's micro-batches
         (loss + 0.1 * orthogonality_penalty(model)).backward()
@@ -68,6 +84,7 @@ def plain_loop(kind, schedule):
     return model, allocator
 
 
+SHARED = ("classifier", "language model")
 BEST = dict(eval_strategy="steps", eval_steps=6, save_steps=6, load_best_model_at_end=True,
             gradient_checkpointing=True, bf16=True, learning_rate=0.5)  # fmt: skip
 
@@ -75,7 +92,7 @@ BEST = dict(eval_strategy="steps", eval_steps=6, save_steps=6, load_best_model_a
 def in_processes(folder):
     """What each of two processes does for test_two_processes...; saves what it ends with."""
     process = int(os.environ["RANK"])
-    for kind in LABELS:
+    for kind in SHARED:
         whole = train(kind, folder / kind, accumulate=2)
         again = train(kind, folder / kind, folder / kind / "checkpoint-12", accumulate=2)
         best = train(kind, folder / f"{kind} best", accumulate=2, **BEST)
@@ -102,7 +119,7 @@ def test_two_processes_are_one(tmp_path):
     """Both end with the same bits, resumed or not, and with nearly those of one process."""
     result = torchrun(__file__, tmp_path, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
-    for kind in LABELS:
+    for kind in SHARED:
         zero, one = (torch.load(tmp_path / f"{kind}-{process}.pt") for process in range(2))
         assert_same(zero, one)
         whole, resumed, best = zero
@@ -127,6 +144,9 @@ def test_a_checkpoint_holds_what_is_trained_and_the_best_one_is_loaded(tmp_path)
              for folder, state in folders.items()}  # fmt: skip
     assert any(ranks[folder] != ranks[best] for folder in folders) and best.name != "checkpoint-24"
     assert_same(adapter_state_dict(trainer.model), folders[best])
+    with torch.no_grad():  # the loss that is evaluated has no penalty
+        loss = trainer.model.eval()(input_ids=IDS[:8], labels=LABELS["classifier"][:8]).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss.item(), rel=1e-2)
 
 
 def test_a_checkpoint_without_adapters_is_refused(tmp_path):

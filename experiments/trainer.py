@@ -41,8 +41,9 @@ class ElaLoRATrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            summed = num_items_in_batch is not None and self.model_accepts_loss_kwargs
-            n = self.current_gradient_accumulation_steps  # by which the Trainer divides a mean
+            summed = self.compute_loss_func or (  # else the Trainer divides the loss by n
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None)
+            n = self.current_gradient_accumulation_steps
             loss = loss + 0.1 * orthogonality_penalty(self.model) / (n if summed else 1)
         return (loss, outputs) if return_outputs else loss
 
