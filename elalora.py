@@ -88,6 +88,7 @@ class SVDLinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("scaling", P.new_tensor(alpha / rank))
         self.steps = {"done": 0, "due": 0}  # RankAllocator's, shared: so far, until its search ends
+        self.disabled = False  # by adapters_disabled()
         self.base_layer = base_layer.requires_grad_(False)
 
     @property
@@ -97,6 +98,8 @@ class SVDLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., d_out)
+        if self.disabled:
+            return y
         h = nn.functional.linear(self.dropout(x).to(self.Q.dtype), self.Q)  # (..., r)
         h = (h * (self.scaling * self.Lambda)).to(y.dtype).reshape(-1, self.rank)
         P_T = self.P.T.contiguous().to(y.dtype)  # (r, d_out); contiguous for a fast backward
@@ -413,7 +416,8 @@ class RankAllocator:
         if (b := self.schedule.budget(self.t)) == 0:
             return None
         scores = {name: S.tolist() for name, S in self.importance().items()
-                  if all(w.requires_grad for w in self.layers[name].parameters(recurse=False))}
+                  if all(w.requires_grad and w in self.optimized
+                         for w in self.layers[name].parameters(recurse=False))}
         max_ranks = {n: min(len(layer.P), layer.Q.shape[1]) for n, layer in self.layers.items()}
         pruned, expanded = select(scores, max_ranks, self.k, b)
         for name, layer in self.layers.items():
@@ -425,13 +429,12 @@ class RankAllocator:
 
     def _update_averages(self) -> None:
         scored = [w for w in self.factors.values() if w.grad is not None]
-        if not scored or self.t == 0 or self.schedule.budget(self.t + 1):
+        if not scored or self.t == 0 or self.schedule.budget(self.t + 1):  # an adjustment is next
             self._check()
         if not scored:
             raise ValueError(
                 "no gradients: call step() after optimizer.step() and before zero_grad()")
-        if any(self.averages[w]["I_bar"].shape != w.shape for w in scored):
-            raise ValueError("ranks were loaded, but not the allocator's own load_state_dict()")
+        self._check_averages()
         gradients = [w.grad for w in self.optimized if w.grad is not None]
         norms = torch._foreach_norm(gradients, math.inf)
         largest = torch.stack([norm.to(norms[0].device) for norm in norms]).max().item()
@@ -439,6 +442,10 @@ class RankAllocator:
             warnings.warn("all gradients are 0: call step() before zero_grad()", stacklevel=3)
         if math.isfinite(largest):
             update_averages(scored, self.averages, self.beta1, self.beta2)
+
+    def _check_averages(self) -> None:
+        if any(average["I_bar"].shape != w.shape for w, average in self.averages.items()):
+            raise ValueError("ranks were loaded, but not the allocator's own load_state_dict()")
 
     def _check(self) -> None:
         """Of all layers, before any of them is resized."""
@@ -449,7 +456,11 @@ class RankAllocator:
             _state_slots(layer, [self.optimizer.state])
 
     def importance(self) -> dict[str, Tensor]:
-        """Module name -> S_i = s(Lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij), (rank,), float32."""
+        """Module name -> S_i = s(Lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij), (rank,), float32.
+
+        Raises ValueError if ranks were loaded without load_state_dict().
+        """
+        self._check_averages()
         s = {w: a["I_bar"] * a["U_bar"] for w, a in self.averages.items()}  # eq. 3
         return {name: s[layer.Lambda] + s[layer.P].mean(dim=0) + s[layer.Q].mean(dim=1)
                 for name, layer in self.layers.items()}  # eq. 2
@@ -524,14 +535,14 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     The modules_to_save stay as they were trained.
     """
-    scalings = {layer: layer.scaling for layer in _adapted(model).values()}
+    before = {layer: layer.disabled for layer in _adapted(model).values()}
     try:
-        for layer, scaling in scalings.items():  # not in place: a backward may need it still
-            layer.scaling = torch.zeros_like(scaling)
+        for layer in before:
+            layer.disabled = True
         yield model
     finally:
-        for layer, scaling in scalings.items():
-            layer.scaling = scaling
+        for layer, disabled in before.items():
+            layer.disabled = disabled
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -620,8 +631,9 @@ def _matching(model: nn.Module, names: Sequence[str], argument: str) -> dict[str
     modules, found = dict(model.named_modules()), set()
     for wanted in names:
         if not (matches := {n for n in modules if n and f".{n}".endswith(f".{wanted}")}):
-            linear = [name for name in modules if isinstance(modules[name], nn.Linear)]
-            raise ValueError(f"{argument}: {wanted!r} matches no module; linear: {linear[-8:]}")
+            ends = {n.rpartition(".")[2] for n in modules if isinstance(modules[n], nn.Linear)}
+            raise ValueError(f"{argument}: {wanted!r} matches no module (it is a name, no pattern);"
+                             f" linear layers end in {', '.join(sorted(ends)[:12])}")
         found |= matches
     return {name: module for name, module in modules.items() if name in found}
 
@@ -644,6 +656,7 @@ def _check_whole(trained: Iterable[Tensor]) -> None:
 
 
 def _check_parent(model: nn.Module, name: str) -> None:
+    """Looks into the source code of the module around the layer."""
     path, _, child = name.rpartition(".")
     parent = type(model.get_submodule(path))
     try:
@@ -656,7 +669,7 @@ def _check_parent(model: nn.Module, name: str) -> None:
 
 
 def _warn_if_unfinished(layers: Mapping[str, SVDLinear]) -> None:
-    steps = next(iter(layers.values())).steps
+    steps = max((layer.steps for layer in layers.values()), key=lambda steps: steps["done"])
     if steps["done"] < steps["due"]:
         warnings.warn("ranks were to move until step {due}, but RankAllocator.step() was called "
                       "{done} times".format(**steps), stacklevel=4)

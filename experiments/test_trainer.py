@@ -48,7 +48,7 @@ def build(kind):
     return model
 
 
-def train(kind, folder, resume=None, accumulate=4, total=24, **kwargs):
+def train(kind, folder, resume=None, accumulate=4, total=24, evaluate_first=False, **kwargs):
     """24 steps of 8 rows, whatever the number of processes."""
     arguments = transformers.TrainingArguments(**dict(
         output_dir=str(folder), max_steps=total, per_device_train_batch_size=2,
@@ -57,6 +57,8 @@ def train(kind, folder, resume=None, accumulate=4, total=24, **kwargs):
         use_cpu=True, seed=5, train_sampling_strategy="sequential", logging_steps=1) | kwargs)
     rows = [dict(input_ids=x, labels=y) for x, y in zip(IDS, LABELS[kind])]
     trainer = ElaLoRATrainer(build(kind), arguments, train_dataset=rows, eval_dataset=rows[:8])
+    if evaluate_first:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -93,7 +95,7 @@ def in_processes(folder):
     """What each of two processes does for test_two_processes...; saves what it ends with."""
     process = int(os.environ["RANK"])
     for kind in SHARED:
-        whole = train(kind, folder / kind, accumulate=2)
+        whole = train(kind, folder / kind, accumulate=2, evaluate_first=True)
         again = train(kind, folder / kind, folder / kind / "checkpoint-12", accumulate=2)
         best = train(kind, folder / f"{kind} best", accumulate=2, **BEST)
         states = [adapter_state_dict(trainer.model) for trainer in (whole, again, best)]

@@ -7,7 +7,10 @@
 
 It runs in one process, or in several under torchrun. Loss and gradients are the Trainer's own, plus
 the orthogonality penalty once per optimizer step. Ranks stay during the first 15% of the steps and
-the last 25%. A checkpoint holds what is trained, not the base.
+the last 25%: edit create_scheduler() to choose other settings. A checkpoint holds what is trained,
+not the base, so from_pretrained() cannot load it. After inject(), this can:
+
+    load_adapter_state_dict(model, safetensors.torch.load_file("checkpoint-9/model.safetensors"))
 """
 
 import torch
@@ -30,6 +33,11 @@ class ElaLoRATrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(MoveRanks(self))
+
+    def train(self, *args, **kwargs):
+        # After evaluate(), accelerate takes the model for prepared, and would leave out DDP
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps, *args, **kwargs):  # the optimizer exists by now
         b = round(0.03 * sum(isinstance(m, SVDLinear) for m in self.model.modules()))
