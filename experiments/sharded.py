@@ -1,6 +1,7 @@
 """ElaLoRA under FSDP2: the frozen base is sharded, what is trained stays whole on every process.
 
-For a model that outgrew one GPU. Start it with torchrun. This file and elalora.py are enough.
+For a model that outgrew one GPU. Start it with torchrun. This file and elalora.py are enough. Every
+process first loads the whole base on the CPU.
 
     torch.distributed.init_process_group()  # and torch.cuda.set_device(LOCAL_RANK)
     model = inject(model, ["q_proj", "v_proj"], rank=8)
@@ -9,18 +10,18 @@ For a model that outgrew one GPU. Start it with torchrun. This file and elalora.
     schedule = RankSchedule(
         total_steps=1740, warmup_steps=300, stabilize_steps=400, adjust_interval=50, b=2)
     allocator = RankAllocator(model, optimizer, schedule, k=1)
-    for batch in loader:  # this process's part, of as many tokens as any other part
+    for batch in loader:  # this process's part: each part's mean loss counts the same
         loss = model(**batch).loss + 0.1 * orthogonality_penalty(model)
         loss.backward()
-        average_gradients(weights)  # once per optimizer.step(), before clipping
+        average_gradients(weights)  # before clipping; without it processes drift apart, in silence
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         allocator.step()
         optimizer.zero_grad()
 
 Every process then has the same adapters and moves the same ranks. adapter_state_dict(), loading,
-resuming and export_peft() work as ever; merge_sharded() takes the place of merge(). All processes
-must run the model equally often, also to evaluate it.
+resuming and export_peft() work as ever, and one process may save alone; merge_sharded() takes the
+place of merge(). All processes must run the model equally often, also to evaluate it.
 """
 
 from collections.abc import Iterable
