@@ -164,6 +164,7 @@ def test_averaged_weights_of_the_readme_follow_the_ranks(tmp_path, monkeypatch):
     """Every rank's average is that of the rank itself since it was added, in float64 NumPy."""
     monkeypatch.chdir(tmp_path)
     model = inject(Net(), ["query", "dense"], 2, modules_to_save=["head"])
+    model.layers[0].query.requires_grad_(False)  # a layer that no adjustment changes
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     allocator = RankAllocator(model, optimizer, RankSchedule(40, 2, 2, 2, 2, "constant"), k=1)
     vectors = lambda layer: np.concatenate([array(layer.P), array(layer.Lambda)[None],
