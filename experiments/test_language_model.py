@@ -62,8 +62,7 @@ def test_the_labels_are_the_summary_and_its_end(given):
 
 
 def test_two_processes_train_as_one_and_the_adapter_is_pefts(given, tmp_path, monkeypatch):
-    """The same rows and nearly the same losses (Adam blows up the rounding of gradients near 0);
-    LoRA sees as many steps, and the page has all three."""
+    """The same steps, losses and ranks; LoRA sees as many steps, and the page has all three."""
     monkeypatch.chdir(tmp_path)
     language_model.main(command(given))
     language_model.main(command(given, "--method", "lora"))
@@ -73,13 +72,12 @@ def test_two_processes_train_as_one_and_the_adapter_is_pefts(given, tmp_path, mo
     two = results_of("xsum-elalora-r2-processes=2-s0")
     for results in (one, two, lora):
         assert results["total_steps"] == 12 and sum(results["ranks"].values()) == 2 * 14
-    assert one["adjustments"] and len({*one["ranks"].values()}) > 1
+    assert one["ranks"] == two["ranks"] and one["adjustments"] and len({*one["ranks"].values()}) > 1
     assert one["metrics"]["logits_differ_in_peft_by"] < 1e-4
     losses = [[row["train_loss"] for row in r["history"]] for r in (one, two)]
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     loss, other = (r["metrics"]["evaluation_loss"] for r in (one, two))
-    assert loss == pytest.approx(other, rel=1e-2)
+    assert loss == pytest.approx(other, rel=1e-3)  # a mean over batches, which are others
     page = (tmp_path / "runs/README.md").read_text()
     assert all(f"| {run} " in page for run in ("ElaLoRA", "ElaLoRA, 2 processes", "LoRA"))
     assert (tmp_path / "runs/curves.png").exists() and report.MARK in page
