@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import tqdm
 from safetensors.torch import load_file
 from torch import nn
 
@@ -454,6 +456,7 @@ def short_rte(tiny, tmp_path, monkeypatch):
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
             sys.stdout = sys.stderr = open("stderr", "w", buffering=1)
+            tqdm.tqdm.set_lock(threading.RLock())  # forks share its lock, and may die holding it
             torch.set_num_threads(1)
             reproduce.main(["--task", "rte", *folders, *more])
             code = 0
