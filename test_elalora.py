@@ -686,15 +686,15 @@ def test_pruning_removes_the_pruned_triplets_and_growing_changes_nothing(case, s
     """After a resize the update is the sum of scaling lambda_i P_i Q_i over the kept ranks."""
     rank, keep, n_new = case
     torch.manual_seed(seed)
-    layer = randomize(SVDLinear(nn.Linear(6, 5), rank))
+    layer = randomize(SVDLinear(nn.Linear(6, 5), rank).double())
     P, Lambda, Q = map(array, (layer.P, layer.Lambda, layer.Q))
-    x, scaling = torch.randn(3, 6), layer.scaling.item()
+    x, scaling = torch.randn(3, 6).double(), layer.scaling.item()
     expected = scaling * sum(Lambda[i] * np.outer(P[:, i], Q[i]) for i in keep)
     resize(layer, keep, 0, torch.Generator(), ())
     y = layer(x)
     resize(layer, range(len(keep)), n_new, torch.Generator(), ())
-    np.testing.assert_allclose(array(layer.delta_weight()), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer(x), y, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(array(layer.delta_weight()), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(layer(x), y, rtol=1e-9, atol=1e-9)
     assert layer.rank == len(keep) + n_new and layer.scaling == scaling
     assert np.array_equal(array(layer.P)[:, : len(keep)], P[:, keep])
     assert np.array_equal(array(layer.Q)[: len(keep)], Q[keep])
