@@ -96,6 +96,11 @@ class SVDLinear(nn.Module):
         """The present number of ranks, r."""
         return self.Lambda.numel()
 
+    @property
+    def max_rank(self) -> int:
+        """The most ranks that the layer can have, min(d_out, d_in)."""
+        return min(len(self.P), self.Q.shape[1])
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., d_out)
         if self.disabled:
@@ -122,7 +127,7 @@ class SVDLinear(nn.Module):
     def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
         given = {f: state[prefix + f].shape for f in RANK_DIM if prefix + f in state}
         shapes = self._shapes(rank := given.get("Lambda", self.Lambda.shape).numel())
-        if given == shapes and 1 <= rank <= min(len(self.P), self.Q.shape[1]):
+        if given == shapes and 1 <= rank <= self.max_rank:
             for factor, shape in shapes.items():  # so that load_state_dict() restores any rank
                 if (w := getattr(self, factor)).shape != shape:
                     w.grad = None
@@ -418,7 +423,7 @@ class RankAllocator:
         scores = {name: S.tolist() for name, S in self.importance().items()
                   if all(w.requires_grad and w in self.optimized
                          for w in self.layers[name].parameters(recurse=False))}
-        max_ranks = {n: min(len(layer.P), layer.Q.shape[1]) for n, layer in self.layers.items()}
+        max_ranks = {name: layer.max_rank for name, layer in self.layers.items()}
         pruned, expanded = select(scores, max_ranks, self.k, b)
         for name, layer in self.layers.items():
             if name in pruned or name in expanded:
@@ -553,11 +558,10 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     layers, present = _adapted(model), adapter_state_dict(model)
     if wrong := sorted(present.keys() ^ state.keys()):
         raise ValueError(f"missing in the state, or unknown to the model: {', '.join(wrong[:8])}")
-    for name, layer in layers.items():
-        _check_layer(repr(name), layer.base_layer, state[_key(name, "Lambda")].numel())
     shapes = {key: tuple(value.shape) for key, value in present.items()}
     for name, layer in layers.items():
         rank = state[_key(name, "Lambda")].numel()
+        _check_layer(repr(name), layer.base_layer, rank)
         shapes |= {_key(name, factor): shape for factor, shape in layer._shapes(rank).items()}
     for key, shape in shapes.items():
         if state[key].shape != shape:

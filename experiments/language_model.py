@@ -54,8 +54,11 @@ class Log(transformers.TrainerCallback):
 class Logged(ElaLoRATrainer):
     """Keeps what the adjustments did."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.adjustments = []
+
     def move_ranks(self):
-        self.adjustments = getattr(self, "adjustments", [])
         if adjustment := super().move_ranks():
             self.adjustments.append(asdict(adjustment))
 
@@ -77,8 +80,8 @@ def load_rows(args: argparse.Namespace, tokenizer) -> list[list[dict]]:
     return [[tokenize(row) for row in split.select(range(n))] for split, n in zip(splits, sizes)]
 
 
-def run(args: argparse.Namespace, folder: Path) -> dict:
-    """Trains, exports to PEFT, writes the adapter and results.json, and returns its content."""
+def run(args: argparse.Namespace, arguments: dict, folder: Path) -> dict:
+    """Trains, exports to PEFT, writes results.json, and returns its content."""
     transformers.set_seed(args.seed)
     tokenizer = pretrained(transformers.AutoTokenizer, args.model)
     model = pretrained(transformers.AutoModelForCausalLM, args.model, dtype=torch.float32)
@@ -88,7 +91,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
             r=args.rank, lora_alpha=16, target_modules=[*KINDS], task_type="CAUSAL_LM"))
     else:
         elalora.inject(model, KINDS, args.rank)
-    arguments = transformers.TrainingArguments(
+    settings = transformers.TrainingArguments(
         str(folder / "trainer"), num_train_epochs=1, per_device_train_batch_size=1,
         gradient_accumulation_steps=ROWS // shared.PROCESSES, per_device_eval_batch_size=2,
         learning_rate=args.learning_rate, max_grad_norm=1.0, eval_strategy="no",
@@ -96,7 +99,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
         disable_tqdm=True, seed=args.seed, use_cpu=shared.DEVICE == "cpu")
     log, kind = Log(), transformers.Trainer if args.method == "lora" else Logged
     trainer = kind(
-        model, arguments, transformers.DataCollatorForSeq2Seq(tokenizer), train, evaluation,
+        model, settings, transformers.DataCollatorForSeq2Seq(tokenizer), train, evaluation,
         callbacks=[log])
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -104,34 +107,29 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
         evaluation_loss=trainer.evaluate()["eval_loss"],
         seconds_a_step=statistics.median(log.seconds),
         peak_gigabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)  # this process
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, elalora.SVDLinear)}
     trained = sum(w.numel() for w in shared.trained(model).values())
-    results = dict(
-        task="xsum", method=args.method, rank=args.rank, seed=args.seed, metrics=metrics,
-        floor=dict(evaluation_loss=before), floor_name="before training",
-        total_steps=trainer.state.global_step,
-        ranks={name: layer.rank for name, layer in layers.items()}, history=log.history,
-        adjustments=getattr(trainer, "adjustments", []), scores={"end": []},
-        adapter_parameters=trained, trainable_parameters=trained,
-        seconds=round(sum(log.seconds), 1), versions=versions(),
-        command=shlex.join(["python", "-m", "experiments.language_model", *sys.argv[1:]]),
-        arguments=dict(
-            task="xsum", method=args.method, rank=args.rank, seed=args.seed, targets=[""],
-            set=[f"processes={shared.PROCESSES}"] * (shared.PROCESSES > 1),
-            model=args.model, data_dir=args.data_dir, learning_rate=args.learning_rate))
     if args.method == "lora":
         names = [name.removeprefix("base_model.model.") for name, module in model.named_modules()
                  if isinstance(module, peft.tuners.lora.Linear)]
-        results["ranks"] = dict.fromkeys(names, args.rank)
+        ranks, adjustments, scores = dict.fromkeys(names, args.rank), [], []
     else:
+        ranks, adjustments = trainer.allocator.ranks(), trainer.adjustments
         S = torch.cat([*trainer.allocator.importance().values()])
-        results["scores"] = {"end": [float(f"{x:.3g}") for x in S.tolist()]}
+        scores = [float(f"{x:.3g}") for x in S.tolist()]
         elalora.export_peft(model, folder / "peft", args.model)
         base = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         loaded, row = peft.PeftModel.from_pretrained(base, folder / "peft"), evaluation[0]
         metrics["logits_differ_in_peft_by"] = largest_difference(model, loaded, row)
         model = loaded
-    results["summary"] = summarize(model, tokenizer, evaluation[0])
+    results = dict(
+        task="xsum", method=args.method, rank=args.rank, seed=args.seed, metrics=metrics,
+        floor=dict(evaluation_loss=before), floor_name="before training",
+        total_steps=trainer.state.global_step, ranks=ranks, history=log.history,
+        adjustments=adjustments, scores={"end": scores},
+        adapter_parameters=trained, trainable_parameters=trained,
+        seconds=round(sum(log.seconds), 1), versions=versions(), arguments=arguments,
+        command=shlex.join(["python", "-m", "experiments.language_model", *sys.argv[1:]]),
+        summary=summarize(model, tokenizer, evaluation[0]))
     if shared.PROCESS == 0:
         text = json.dumps(results, indent=1)
         report.write(folder / "results.json", lambda path: path.write_text(text))
@@ -170,8 +168,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, help="default: 0")
     add("--output-dir", default="runs", help="default: runs")
     args = parser.parse_args(argv)
-    processes = f"-processes={shared.PROCESSES}" * (shared.PROCESSES > 1)
-    folder = Path(args.output_dir, f"xsum-{args.method}-r{args.rank}{processes}-s{args.seed}")
+    arguments = dict(
+        task="xsum", method=args.method, rank=args.rank, seed=args.seed, targets=[""],
+        set=[f"processes={shared.PROCESSES}"] * (shared.PROCESSES > 1), model=args.model,
+        data_dir=args.data_dir, learning_rate=args.learning_rate)
+    folder = Path(args.output_dir, f"xsum-{report.label(arguments)}-s{args.seed}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"needs --rank >= 1, --steps >= 10 and 1 or 2 processes, got "
                              f"{args.rank}, {args.steps} and {shared.PROCESSES}")
         check_files(args.model, args.data_dir, [folder])
-        results = run(args, folder)
+        results = run(args, arguments, folder)
     except (ValueError, OSError) as error:
         print(f"experiments.language_model: error: {str(error).strip().splitlines()[0]}",
               file=sys.stderr)
