@@ -48,11 +48,13 @@ import math
 import re
 import tempfile
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,23 +70,25 @@ class SVDLinear(nn.Module):
 
     The base, of weight (d_out, d_in), is frozen. forward() only calls it, so a quantized or sharded
     nn.Linear works. Lambda starts at 0, and y has the dtype of the base's output. Ours: P and Q
-    start orthonormal, so that R(P, Q) = 0. All three factors start as float32, and casts of the
-    model to a shorter type, such as model.bfloat16(), leave them so. scaling = alpha / rank is
-    fixed at construction (inject: alpha / mean rank). Dropout acts on x before Q.
+    start orthonormal, so that R(P, Q) = 0. They are drawn rank by rank, so that a generator of the
+    same seed gives a layer of more ranks the same first ones. All three factors start as float32,
+    and casts of the model to a shorter type, such as model.bfloat16(), leave them so. scaling =
+    alpha / rank is fixed at construction (inject: alpha / mean rank). Dropout acts on x before Q.
 
     Raises ValueError if base_layer is no nn.Linear, if rank is not an integer in
     1..min(d_out, d_in), or if alpha is not a positive number.
     """
-    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0):
+    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0,
+                 generator: torch.Generator | None = None):
         super().__init__()
         _check_layer(str(base_layer), base_layer, rank)
         if not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be a positive number, got {alpha!r}")
-        device = base_layer.weight.device
         on_cpu = dict(dtype=torch.float32, device="cpu")  # so a seed starts alike on any device
-        P = nn.init.orthogonal_(torch.empty(base_layer.out_features, rank, **on_cpu)).to(device)
-        Q = nn.init.orthogonal_(torch.empty(rank, base_layer.in_features, **on_cpu)).to(device)
-        self.P, self.Lambda, self.Q = map(nn.Parameter, (P, P.new_zeros(rank), Q))
+        P, Q_T = (new_directions(torch.empty(d, 0, **on_cpu), rank, generator).to(
+            base_layer.weight.device) for d in (base_layer.out_features, base_layer.in_features))
+        factors = (P.contiguous(), P.new_zeros(rank), Q_T.T.contiguous())
+        self.P, self.Lambda, self.Q = map(nn.Parameter, factors)
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("scaling", P.new_tensor(alpha / rank))
         self.steps = {"done": 0, "due": 0}  # RankAllocator's, shared: so far, until its search ends
@@ -146,6 +150,9 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
     and "k" never matches "block". rank is that of every matrix, or a map from names to ranks such
     as RankAllocator.ranks(). The modules_to_save, such as a new head, are trained in full.
 
+    Torch's seed and a module's name decide where its P and Q start. So runs of one seed are easily
+    compared: other ranks or other targets do not change the start, nor what is drawn after it.
+
     Raises ValueError, before any change, if a name matches nothing, a target is no nn.Linear, lies
     in a saved module or shares its weight, the module around a target reads its weight instead of
     calling it, a rank is out of range, a map names other modules, or the model is adapted already.
@@ -164,7 +171,10 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
             raise ValueError(f"{name!r} would be both adapted and saved; name it in one list only "
                              "(tied weights count as one)")
         _check_parent(model, name)
-    new = {m: SVDLinear(m, ranks[name], alpha, dropout) for name, m in targets.items()}
+    seed = int(torch.randint(2**62, (), device="cpu"))
+    own = {name: torch.Generator("cpu").manual_seed(seed ^ zlib.crc32(name.encode()))
+           for name in targets}
+    new = {m: SVDLinear(m, ranks[n], alpha, dropout, own[n]) for n, m in targets.items()}
     model.requires_grad_(False)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:  # wherever it stands, so that a shared layer stays shared
@@ -259,17 +269,69 @@ def _place_growth(candidates: Sequence[tuple], pruned: Sequence[tuple], ranks: M
     return grown
 
 
-def new_directions(present: Tensor, n: int, generator: torch.Generator) -> Tensor:
+@contextmanager
+def recorded_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within it, backward() adds the loss's gradient of every adapted W to this map by name."""
+    gradients, handles = {}, []
+
+    def record(name: str, layer: SVDLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].detach().reshape(-1, layer.Q.shape[1])
+
+        def add(g: Tensor) -> None:
+            G = g.reshape(-1, len(layer.P)).T.float() @ x.float()  # (d_out, d_in)
+            gradients[name] = gradients[name] + G if name in gradients else G
+        if output.requires_grad:
+            output.register_hook(add)
+    for name, layer in _adapted(model).items():
+        handles.append(layer.register_forward_hook(partial(record, name)))
+    try:
+        yield gradients
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def top_directions(G: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n greatest singular directions of G, (d_out, n) and (d_in, n)."""
+    with torch.random.fork_rng(devices=[G.device] if G.is_cuda else []):
+        torch.manual_seed(0)
+        U, _, V = torch.svd_lowrank(G, q=min(n + 8, *G.shape), niter=4)
+    return U[:, :n], V[:, :n]
+
+
+@torch.no_grad()
+def start_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    for name, layer in _adapted(model).items():
+        U, V = top_directions(gradients[name], layer.rank)
+        layer.P.copy_(U)
+        layer.Q.copy_(V.T)
+
+
+@torch.no_grad()
+def missed_directions(layer: SVDLinear, keep: Tensor, G: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Those of what is left of the gradient outside of the present P and Q."""
+    for A, side in ((layer.P[:, keep], 0), (layer.Q[keep].T, 1)):
+        basis = torch.linalg.qr(A.float())[0]
+        G = G - basis @ (basis.T @ G) if side == 0 else G - (G @ basis) @ basis.T
+    return top_directions(G, n)
+
+
+def new_directions(present: Tensor, n: int, generator: torch.Generator | None,
+                   wanted: Tensor | None = None) -> Tensor:
     """Algorithm 1's Gram-Schmidt: n random orthonormal columns, (d, n), orthogonal to the present
     ones, (d, r), whether or not these are orthonormal. n <= d - r. In float64 on the CPU."""
-    random = torch.randn(len(present), n, dtype=torch.float64, device="cpu", generator=generator)
-    orthonormal, _ = torch.linalg.qr(torch.cat([present.cpu().double(), random], dim=1))
+    if wanted is None:
+        wanted = torch.randn(
+            n, len(present), dtype=torch.float64, device="cpu", generator=generator).T
+    columns = torch.cat([present.cpu().double(), wanted.cpu().double()], dim=1)
+    orthonormal, _ = torch.linalg.qr(columns)
     return orthonormal[:, present.shape[1] :].to(present)  # the first r columns span the present
 
 
 @torch.no_grad()
 def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.Generator,
-           states: Sequence[Mapping[Tensor, dict]]) -> None:
+           states: Sequence[Mapping[Tensor, dict]], gradient: Tensor | None = None) -> None:
     """Keeps the given ranks of a layer, in that order, and appends n_new new ones.
 
     Ours: a new rank has a singular value of 0, so the output does not change, and a score of 0.
@@ -286,8 +348,9 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
     slots = _state_slots(layer, states)
     index = torch.tensor(keep, device=layer.Lambda.device)
-    new_P = new_directions(layer.P[:, index], n_new, generator)
-    new_Q = new_directions(layer.Q[index].T, n_new, generator).T
+    U, V = (None, None) if gradient is None else missed_directions(layer, index, gradient, n_new)
+    new_P = new_directions(layer.P[:, index], n_new, generator, U)
+    new_Q = new_directions(layer.Q[index].T, n_new, generator, V).T
     new = dict(zip(factors, (new_P, new_P.new_zeros(n_new), new_Q)))
     for w, state, key in slots:
         zeros = torch.zeros_like(new[w], dtype=state[key].dtype)
@@ -379,11 +442,14 @@ class RankAllocator:
     Raises ValueError if a number is out of range, or if the optimizer lacks an adapter's weights.
     """
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
-                 k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0):
+                 k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0,
+                 growth: str = "random", protect: bool = False):
         if not (type(k) is int and k >= 1 and 0 < beta1 < 1 and 0 < beta2 < 1):
             raise ValueError(f"k must be an integer >= 1 and betas in (0, 1), got {k!r}, {beta1!r}"
                              f" and {beta2!r}")
         self.layers, self.optimizer, self.schedule = _adapted(model), optimizer, schedule
+        self.model, self.growth, self.protect, self.gradients = model, growth, protect, None
+        self.recording, self.last = ExitStack(), {}
         self.k, self.beta1, self.beta2 = k, beta1, beta2
         self.optimized = {w for group in optimizer.param_groups for w in group["params"]}
         self.factors = {_key(name, factor): getattr(layer, factor)
@@ -418,18 +484,24 @@ class RankAllocator:
         if self.t < self.schedule.search_end:  # from the first step, so that averages settle
             self._update_averages()
         self.t = self.steps["done"] = self.t + 1
+        if self.growth == "gradient" and self.schedule.budget(self.t + 1):
+            self.gradients = self.recording.enter_context(recorded_gradients(self.model))
         if (b := self.schedule.budget(self.t)) == 0:
             return None
-        scores = {name: S.tolist() for name, S in self.importance().items()
+        self.recording.close()
+        fresh = self.last if self.protect else {}
+        scores = {name: S.tolist()[: len(S) - fresh.get(name, 0)]
+                  for name, S in self.importance().items()
                   if all(w.requires_grad and w in self.optimized
                          for w in self.layers[name].parameters(recurse=False))}
-        max_ranks = {name: layer.max_rank for name, layer in self.layers.items()}
+        max_ranks = {n: layer.max_rank - fresh.get(n, 0) for n, layer in self.layers.items()}
         pruned, expanded = select(scores, max_ranks, self.k, b)
+        self.last = expanded
         for name, layer in self.layers.items():
             if name in pruned or name in expanded:
                 keep = [i for i in range(layer.rank) if i not in pruned.get(name, [])]
                 resize(layer, keep, expanded.get(name, 0), self.generator,
-                       (self.optimizer.state, self.averages))
+                       (self.optimizer.state, self.averages), (self.gradients or {}).get(name))
         return Adjustment(self.t, b, pruned, expanded)
 
     def _update_averages(self) -> None:

@@ -20,13 +20,13 @@ import sys
 
 FAMILIES = {  # the modules of experiments/: the model that the paper fine-tunes, and the tasks
     "planted": (None, "planted"),
-    "glue": ("microsoft/deberta-v3-base", "mnli sst2 cola qqp qnli rte mrpc stsb"),
+    "glue": ("microsoft/deberta-v3-base", "mnli sst2 sst2_heldout cola qqp qnli rte mrpc stsb"),
     "xsum": ("facebook/bart-base", "xsum"),
     "vtab": ("google/vit-base-patch16-224-in21k",
              "cifar caltech101 svhn eurosat resisc45 dsprites_ori dmlab"),
 }
 FAMILY_OF = {task: name for name, (_, tasks) in FAMILIES.items() for task in tasks.split()}
-METHODS = ("elalora", "svd", "final", "shuffled", "lora", "adalora")
+METHODS = ("elalora", "svd", "final", "shuffled", "lora", "eva", "adalora")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="svd: ElaLoRA whose ranks never move (b = 0), so even ranks\n"
         "final: svd that starts with the ranks which the elalora run of this seed ended with\n"
         "shuffled: like final, with these ranks shuffled over the matrices\n"
-        "lora, adalora: PEFT's")
+        "lora, eva, adalora: PEFT's; eva only for GLUE and XSum")
     add("--targets", nargs="+", default=[""], metavar="NAME",
         help="adapt only matrices whose names end so (output.dense: attention.output.dense,\n"
         "too); default: all that the paper adapts")
@@ -143,6 +143,8 @@ def prepare(problem: Problem, config: Config, recipe: Recipe,
     else:
         elalora.inject(problem.model, problem.targets, ranks or config.rank, recipe.alpha,
                        modules_to_save=problem.heads)
+        if recipe.start == "gradient":
+            start_from_gradients(problem, config)
     groups = {1: [], recipe.lambda_rate: []}  # of singular values, AdaLoRA's as well
     for name, w in trained(problem.model).items():
         times = recipe.lambda_rate if name.endswith((".Lambda", ".lora_E.default")) else 1
@@ -154,9 +156,20 @@ def prepare(problem: Problem, config: Config, recipe: Recipe,
     if baseline:
         return Training(optimizer, scheduler, allocator, allocator.penalty)
     allocator = elalora.RankAllocator(problem.model, optimizer, schedule, recipe.k, recipe.beta1,
-                                      recipe.beta2, config.seed)
+                                      recipe.beta2, config.seed, recipe.growth, bool(recipe.protect))
     return Training(optimizer, scheduler, allocator,
                     lambda: recipe.gamma * elalora.orthogonality_penalty(problem.model))
+
+
+def start_from_gradients(problem: Problem, config: Config) -> None:
+    """Of the loss of four batches of epoch 0's order, which no run trains on in that order."""
+    torch.manual_seed(seed_of(config, 0))
+    problem.model.train()
+    with elalora.recorded_gradients(problem.model) as gradients:
+        for batch in itertools.islice(problem.batches(0), 4):
+            problem.loss(problem.model, batch).backward()
+    problem.model.zero_grad()
+    elalora.start_from_gradients(problem.model, gradients)
 
 
 def train_step(problem: Problem, batch: object, training: Training,
@@ -290,7 +303,7 @@ def run(config: Config, folder: Path) -> dict:
     problem = family.problem(config, recipe)
     allocator, log = train(problem, config, recipe, ranks, folder / "checkpoint.pt")
     ranks, layers = allocator.ranks(), allocator.layers
-    per_rank = {name: sum(layer.base_layer.weight.shape) + (config.method != "lora")
+    per_rank = {name: sum(layer.base_layer.weight.shape) + (config.method not in ("lora", "eva"))
                 for name, layer in layers.items()}  # weights: two vectors, a singular value
     results = dict(
         task=config.task, method=config.method, rank=config.rank, seed=config.seed,
@@ -321,6 +334,9 @@ def write_folder(folder: Path, config: Config, problem: Problem, allocator, resu
             for name, ranks in (planted | {"found": results["ranks"]}).items()}
     scores = {f"after step {step}": report.log_scores(S)
               for step, S in results["scores"].items() if S}  # LoRA has none
+    if problem.outputs:
+        text = json.dumps(problem.outputs)
+        report.write(folder / "predictions.json", lambda path: path.write_text(text))
     report.write(folder / "ranks.png", lambda path: figures.heatmaps(maps, path))
     if scores:
         report.write(folder / "scores.png", lambda path: figures.distributions(scores, path))

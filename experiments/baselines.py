@@ -1,13 +1,16 @@
-"""What ElaLoRA is compared with: PEFT's LoRA and AdaLoRA, and a frozen model.
+"""What ElaLoRA is compared with: PEFT's LoRA, EVA and AdaLoRA, and a frozen model.
 
 Each class has RankAllocator's methods, so that the training loop need not know which one it has.
 Updates are scaled by alpha / rank in all of them.
 """
 
+import itertools
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import BatchEncoding
 
 from elalora import RankSchedule
 from experiments.problem import DEVICE, Config, Problem, Recipe
@@ -49,6 +52,26 @@ class LoRA:
 
     def load_state_dict(self, state: dict) -> None:
         self.t = state["step"]
+
+
+class EVA(LoRA):
+    """PEFT's LoRA whose ranks, and A, are chosen by the data before training (arXiv:2410.07170):
+    the directions in which the inputs of a matrix vary most; a rank more for what explains more."""
+    def __init__(self, problem: Problem, config: Config, recipe: Recipe, schedule: RankSchedule):
+        import peft
+        super().__init__(problem, config, recipe, schedule)
+        texts = [chunk for batch in itertools.islice(problem.batches(0), 32) for chunk in batch]
+        with warnings.catch_warnings(action="ignore"):
+            peft.initialize_lora_eva_weights(
+                self.adapted, [{**chunk} for chunk in texts], show_progress_bar=False,
+                forward_fn=lambda model, chunk: problem.loss(problem.model, [BatchEncoding(chunk)]))
+        self.layers = {n: m for n, m in self.layers.items() if n in dict(problem.model.named_modules())}
+
+    def settings(self, rank: int, recipe: Recipe, schedule: RankSchedule,
+                 names: dict) -> "peft.LoraConfig":
+        import peft
+        return peft.LoraConfig(r=rank, lora_alpha=recipe.alpha, init_lora_weights="eva",
+                               eva_config=peft.EvaConfig(use_label_mask=False), **names)
 
 
 class AdaLoRA(LoRA):
@@ -129,4 +152,4 @@ class Frozen:
         """Nothing is scored or moved."""
 
 
-BASELINES = {"lora": LoRA, "adalora": AdaLoRA, "frozen": Frozen}
+BASELINES = {"lora": LoRA, "eva": EVA, "adalora": AdaLoRA, "frozen": Frozen}

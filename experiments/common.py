@@ -14,7 +14,8 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from experiments import problem as shared
-from experiments.problem import DEVICE, Config, autocast, chosen, mean_of_processes, seed_of
+from experiments.problem import (
+    DEVICE, Config, Recipe, autocast, chosen, mean_of_processes, seed_of)
 
 
 # ---- What a command checks first ----
@@ -46,6 +47,8 @@ def warn_of_slow_bfloat16(dtype: str | None) -> None:
 # ---- Models ----
 def pretrained(auto: type, model: str, **arguments):
     """from_pretrained, with an error that names the model."""
+    if DEVICE == "cpu" and "dtype" in arguments:  # a model, whose backward pass is so faster there
+        arguments["attn_implementation"] = "eager"
     try:
         return auto.from_pretrained(model, **arguments)
     except Exception as error:  # broken files raise all kinds
@@ -108,6 +111,17 @@ def hold_out(rows: Sized) -> tuple[Subset, Subset]:
     return Subset(rows, order[len(rows) // 10 :]), Subset(rows, order[: len(rows) // 10])
 
 
+def some(rows: Sized, recipe: Recipe) -> Sized:
+    """As many of the training examples as the recipe asks for, at random but alike for every seed.
+
+    ValueError if there are fewer.
+    """
+    if recipe.examples > len(rows):
+        raise ValueError(f"--set examples={recipe.examples}: there are {len(rows)} to train on")
+    order = random.Random(0).sample(range(len(rows)), recipe.examples)
+    return Subset(rows, order) if recipe.examples else rows
+
+
 def epoch_batches(rows: Sized, batch_size: int, config: Config, epoch: int,
                   collate: Callable | None = None) -> DataLoader:
     """The batches of an epoch in its random order; every process has its share of each."""
@@ -120,7 +134,7 @@ def by_length(rows: list[dict], pad: Callable[[list[dict]], dict]) -> list[dict]
     """A batch of texts as chunks of similar length. On a CPU this saves padding, so time. The mean
     loss over the chunks is that of the batch."""
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    size = math.ceil(len(rows) / (4 if DEVICE == "cpu" else 1))
+    size = max(8, math.ceil(len(rows) / 4)) if DEVICE == "cpu" else len(rows)
     return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
@@ -136,11 +150,24 @@ def mean_loss(model: nn.Module, chunks: list[dict], config: Config) -> Tensor:
 def predictions(rows: Sized, batch_size: int, predict: Callable, collate: Callable | None,
                 config: Config) -> list:
     """What predict(batch), a list, gives for every row, in their order; processes share them."""
-    own, share = [], Subset(rows, range(shared.PROCESS, len(rows), shared.PROCESSES))
-    for batch in DataLoader(share, batch_size, collate_fn=collate):
+    order = range(len(rows))
+    if collate:  # texts, of which batches of one length need no padding
+        order = sorted(order, key=lambda i: len(rows[i]["input_ids"]))
+    own, share = [], order[shared.PROCESS :: shared.PROCESSES]
+    for batch in DataLoader(Subset(rows, share), batch_size, collate_fn=collate):
         with autocast(config):
             own += predict(batch)
-    shares = [own]
+    shares = [dict(zip(share, own))]
     if shared.PROCESSES > 1:
-        distributed.all_gather_object(shares := [None] * shared.PROCESSES, own)
-    return [shares[i % shared.PROCESSES][i // shared.PROCESSES] for i in range(len(rows))]
+        distributed.all_gather_object(shares := [None] * shared.PROCESSES, shares[0])
+    by_row = {i: found for share in shares for i, found in share.items()}
+    return [by_row[i] for i in range(len(rows))]
+
+
+def guesses(logits: Tensor, labels: Tensor) -> list[tuple[float, float]]:
+    """Of every example: what the model says, a class or a number, and its loss."""
+    if logits.shape[1] == 1:
+        guess = logits.squeeze(1)
+        return [*zip(guess.tolist(), (guess - labels).square().tolist())]
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return [*zip(logits.argmax(dim=1).tolist(), losses.tolist())]

@@ -1,9 +1,13 @@
 """Section 4.2: an encoder, DeBERTaV3-base in the paper, on a task of GLUE (Tables 2 and 7)."""
 
 import functools
+import itertools
 import math
+import random
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,10 +15,11 @@ import transformers
 from torch import nn
 
 from experiments.common import (
-    by_length, epoch_batches, hold_out, load_splits, matrices, mean_loss, predictions, pretrained)
+    by_length, epoch_batches, guesses, hold_out, load_splits, matrices, mean_loss, predictions,
+    pretrained, some)
 from experiments.problem import DEVICE, Config, Problem, Recipe, by_rank
 
-HUB, MAX_TOKENS = "nyu-mll/glue", 256
+HUB, MAX_TOKENS, EVALUATION_BATCH = "nyu-mll/glue", 256, 64
 
 
 class Task(NamedTuple):
@@ -36,7 +41,8 @@ TASKS = {
     "mrpc": Task(PAIR, metrics=("accuracy", "f1")),
     "stsb": Task(PAIR, 1, metrics=("pearson", "spearman")),
 }
-
+TASKS["sst2_heldout"] = TASKS["sst2"]  # evaluated on 18,000 phrases of the training split
+HELD_OUT, FOR_CHOOSING = 20_000, 2_000  # by hold_out_sentences()
 
 # batch size, learning rate, epochs, warm-up, stabilization, interval; at ranks 2, 4 and 10: b, k
 # and ElaLoRA's result in percent
@@ -54,6 +60,7 @@ RECIPES = {
     task: by_rank((2, 4, 10), *numbers, b=b, k=k,
                   paper=[{TASKS[task].metrics[0]: percent / 100} for percent in results])
     for task, (*numbers, b, k, results) in TABLE_7.items()}
+RECIPES["sst2_heldout"] = {rank: replace(r, paper={}) for rank, r in RECIPES["sst2"].items()}
 
 
 def character_map(tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[[str], str]:
@@ -78,8 +85,8 @@ def check_labels(labels: Sequence[float], task: Task, where: str) -> None:
 def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable, list[list[dict]]]:
     """What pads a batch, and the tokenized examples of the training and dev splits."""
     task = TASKS[name]
-    splits = ("train", *task.dev)
-    loaded = load_splits(data_dir, HUB, name, [*task.texts, "label"], splits)
+    splits, hub_name = ("train", *task.dev), name.removesuffix("_heldout")
+    loaded = load_splits(data_dir, HUB, hub_name, [*task.texts, "label"], splits)
     tokenizer, examples = pretrained(transformers.AutoTokenizer, model), []
     if tokenizer.pad_token is None:
         raise ValueError(f"--model: the tokenizer of {model} has no pad token, which batches need")
@@ -90,7 +97,40 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
         encoding = tokenizer(*texts, truncation=True, max_length=MAX_TOKENS)
         columns = {**encoding, "labels": labels}
         examples.append([dict(zip(columns, row)) for row in zip(*columns.values())])
+    if name != hub_name:
+        examples = hold_out_sentences(examples[0], loaded[0]["sentence"])
     return transformers.DataCollatorWithPadding(tokenizer), examples
+
+
+def hold_out_sentences(examples: list[dict], phrases: Sequence[str]) -> list[list[dict]]:
+    """Splits SST-2's training split: what to train on, 2,000 to choose settings by, 18,000.
+
+    The split has sentences and phrases of these sentences. No held-out phrase is a part of a
+    sentence that is trained on. Sentences are drawn at random, but alike for every seed.
+    """
+    if len(phrases) < 2 * HELD_OUT:
+        raise ValueError(f"sst2_heldout holds out {HELD_OUT:,} phrases; there are {len(phrases):,}")
+    rows: dict[str, list[int]] = {}
+    for i, phrase in enumerate(phrases):
+        rows.setdefault(" ".join(phrase.split()), []).append(i)
+    parts: dict[str, list[int]] = {}  # sentence -> rows of its phrases; it is in no longer phrase
+    seen: set[str] = set()
+    for phrase in sorted(rows, key=lambda phrase: -len(phrase.split())):
+        if phrase not in seen:
+            words = phrase.split()
+            spans = itertools.combinations(range(len(words) + 1), 2)
+            found = rows.keys() & {" ".join(words[i:j]) for i, j in spans}
+            parts[phrase] = sorted(i for part in found for i in rows[part])
+            seen |= found
+    elsewhere, held = Counter(itertools.chain(*parts.values())), []  # row -> sentences not held out
+    for sentence in random.Random(0).sample([*parts], len(parts)):
+        elsewhere.subtract(parts[sentence])
+        held += [i for i in parts[sentence] if not elsewhere[i]]
+        if len(held) >= HELD_OUT:
+            break
+    train = sorted({*range(len(phrases))} - {*held})
+    split = (train, held[:FOR_CHOOSING], held[FOR_CHOOSING:HELD_OUT])
+    return [[examples[i] for i in part] for part in split]
 
 
 def compute_metrics(names: Iterable[str], predicted: list, labels: list) -> dict[str, float]:
@@ -125,31 +165,45 @@ def problem(config: Config, recipe: Recipe) -> Problem:
     """A GLUE task for a pre-trained encoder with a new head."""
     task = TASKS[config.task]
     pad, (train, *devs) = load_examples(config.task, config.data_dir, config.model)
-    if config.holdout:
+    if config.task == "sst2_heldout":
+        devs = devs[:1] if config.holdout else devs[1:]
+    elif config.holdout:
         train, *devs = hold_out(train)
+    train = some(train, recipe)
     model = pretrained(
         transformers.AutoModelForSequenceClassification, config.model, num_labels=task.labels,
         dtype=torch.float32)  # not the checkpoint's: DeBERTaV3's float16 is NaN after a step
     targets = matrices(model, adapted_kinds(model), config)
     model.to(DEVICE)
 
-    def predict(batch: dict) -> list[float]:
-        logits = model(**batch.to(DEVICE)).logits.float()
-        return (logits.squeeze(-1) if task.labels == 1 else logits.argmax(dim=-1)).tolist()
+    suffixes = ("", "_mm")  # MNLI's mismatched
 
-    def metrics(guess: Callable[[Sequence], list]) -> dict[str, float]:
+    def predict(batch: dict) -> list[tuple[float, float]]:
+        labels = batch.to(DEVICE).pop("labels")
+        return guesses(model(**batch).logits.float(), labels)
+
+    def metrics(predicted: Iterable[Sequence]) -> dict[str, float]:
         found = {}
-        for dev, suffix in zip(devs, ("", "_mm")):  # MNLI's mismatched
-            labels = [row["labels"] for row in dev]
-            scores = compute_metrics(task.metrics, guess(dev), labels)
+        for dev, guess, suffix in zip(devs, predicted, suffixes):
+            scores = compute_metrics(task.metrics, guess, [row["labels"] for row in dev])
             found |= {f"{name}{suffix}": score for name, score in scores.items()}
         return found
+
+    outputs: dict[str, Sequence] = {}
+
+    def evaluate(last: bool) -> dict[str, float]:
+        for dev, suffix in zip(devs, suffixes):
+            found = predictions(dev, EVALUATION_BATCH, predict, pad, config)
+            outputs[f"prediction{suffix}"], outputs[f"loss{suffix}"] = zip(*found)
+        guess, losses = ([x for name, x in outputs.items() if name.startswith(start)]
+                         for start in ("prediction", "loss"))
+        return metrics(guess) | {
+            f"loss{suffix}": statistics.fmean(x) for x, suffix in zip(losses, suffixes)}
 
     majority = statistics.mode(row["labels"] for row in train)
     return Problem(
         model, targets, find_heads(model), math.ceil(len(train) / recipe.batch_size),
         lambda epoch: epoch_batches(train, recipe.batch_size, config, epoch,
                                     lambda rows: by_length(rows, pad)),
-        lambda model, chunks: mean_loss(model, chunks, config),
-        lambda last: metrics(lambda dev: predictions(dev, recipe.batch_size, predict, pad, config)),
-        metrics(lambda dev: [majority] * len(dev)))
+        lambda model, chunks: mean_loss(model, chunks, config), evaluate,
+        metrics([majority] * len(dev) for dev in devs), outputs=outputs)

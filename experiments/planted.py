@@ -44,6 +44,8 @@ def problem(config: Config, recipe: Recipe) -> Problem:
     """A regression for every matrix, on Gaussian inputs. ValueError if --rank leaves no choice."""
     if not 1 < config.rank < max(PLANTED.values()):
         raise ValueError(f"--rank {config.rank}: 2 to 11 leave a choice of where to put the ranks")
+    if recipe.examples:
+        raise ValueError("--set examples=...: planted ranks have no end of examples")
     targets = chosen([*PLANTED], config)
     even, best = bounds(config.rank, targets)
     model, deltas = nn.Module(), []

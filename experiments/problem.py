@@ -41,8 +41,9 @@ def check_arguments(had: dict, config: Config) -> None:
             raise ValueError(f"it has {name} {had.get(name)}, not {wanted}")
 
 
-CHOICES = dict(shape=(*elalora.SHAPES,), lr_scheduler=("linear", "cosine", "constant_with_warmup"))
-MAY_BE_ZERO = ("warmup", "stabilize", "b", "gamma")
+CHOICES = dict(shape=(*elalora.SHAPES,), lr_scheduler=("linear", "cosine", "constant_with_warmup"),
+               start=("random", "gradient"), growth=("random", "gradient"))
+MAY_BE_ZERO = ("warmup", "stabilize", "b", "gamma", "examples", "protect")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Recipe:
     init_ratio: float = 1.5  # AdaLoRA's first rank / its last
     shape: str = "cubic"
     lr_scheduler: str = "linear"
+    examples: int = 0  # train on so many, at random but alike for every seed; 0: on all
+    start: str = "random"  # of P and Q; gradient: along the loss's gradient of each matrix
+    growth: str = "random"  # of new ranks' P and Q; gradient: as above, where the ranks miss most
+    protect: int = 0  # 1: an adjustment leaves the ranks alone that the last one added
 
     def __post_init__(self) -> None:
         for name in SETTINGS:
@@ -128,6 +133,7 @@ class Problem:
     evaluate: Callable[[bool], dict[str, float]]  # the metrics; True: after the last epoch
     floor: dict[str, float] = field(default_factory=dict)  # metrics of a guess without a model
     floor_name: str = "majority class"
+    outputs: dict[str, list] = field(default_factory=dict)  # of every example evaluated last
     planted_ranks: dict[str, int] = field(default_factory=dict)  # module -> what is to be found
     note: str = ""  # printed below the metrics
 

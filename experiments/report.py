@@ -18,14 +18,15 @@ import pandas
 
 METHODS = dict(
     elalora="ElaLoRA", svd="even ranks", final="its final ranks from the start",
-    shuffled="its ranks, shuffled", lora="LoRA", adalora="AdaLoRA")
-TASKS = dict(planted="planted ranks", mrpc="MRPC", stsb="STS-B")
+    shuffled="its ranks, shuffled", lora="LoRA", eva="EVA", adalora="AdaLoRA")
+TASKS = dict(planted="planted ranks", mrpc="MRPC", stsb="STS-B", sst2_heldout="SST-2")
 SETTINGS = dict(
     learning_rate="lr {}", lambda_rate="Λ rate × {}", init_ratio="first rank × {}", shape="{} b",
     alpha="α = {}", gamma="penalty {}", beta1="β₁ = {}", beta2="β₂ = {}", warmup="warm-up {}",
     stabilize="stabilization {}", interval="interval {}", batch_size="batch {}", b="b = {}",
     k="k = {}", lr_scheduler="{} learning rate", moments="{} moments",
-    processes="{} processes")
+    processes="{} processes", examples="{} examples", start="{} start", growth="{} growth",
+    protect="protection {}")
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -310,7 +311,8 @@ def compare(folder: Path, arguments: dict | None = None) -> str:
         return ""
     rows, reference = measured(runs), reference_of(runs)
     metric = next(iter(runs[0]["metrics"]))
-    found = {name: differences(rows, name, reference) for name in (metric, "train_loss")}
+    found = {name: differences(rows, name, reference) for name in (metric, "loss", "train_loss")
+             if name in rows}
     kinds = pandas.DataFrame([mean_ranks(r["ranks"]) for r in runs])
     scores = pandas.DataFrame([last_scores(r).quantile([0.1, 0.5, 0.9]) for r in runs])
     floor = {r["floor_name"]: r["floor"] for r in runs if r.get("floor")}

@@ -8,6 +8,7 @@ import functools
 import math
 import statistics
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from experiments.common import epoch_batches, matrices, predictions, pretrained
+from experiments.common import epoch_batches, guesses, matrices, predictions, pretrained, some
 from experiments.problem import DEVICE, Config, Problem, Recipe, autocast
 
 HUB, ZIP = "XiN0919/VTAB-1k", "vtab-1k.zip"
@@ -115,6 +116,7 @@ def problem(config: Config, recipe: Recipe) -> Problem:
     test images, but with --holdout.
     """
     train, val, test, classes = load_images(config.task, config.data_dir, config.model)
+    train = some(train, recipe)
     model = pretrained(
         transformers.AutoModelForImageClassification, config.model, num_labels=classes,
         dtype=torch.float32, ignore_mismatched_sizes=True)  # a head for other classes is replaced
@@ -125,17 +127,22 @@ def problem(config: Config, recipe: Recipe) -> Problem:
         with autocast(config):
             return model(**{key: x.to(DEVICE) for key, x in batch.items()}).loss
 
-    def predict(batch: dict) -> list[int]:
-        return model(pixel_values=batch["pixel_values"].to(DEVICE)).logits.argmax(dim=-1).tolist()
+    def predict(batch: dict) -> list[tuple[int, float]]:
+        logits = model(pixel_values=batch["pixel_values"].to(DEVICE)).logits.float()
+        return guesses(logits, batch["labels"].to(DEVICE))
 
-    def accuracy(split: Dataset | list, labels: list[int]) -> float:
+    outputs: dict[str, Sequence] = {}
+
+    def measure(split: Dataset | list, labels: list[int], prefix: str) -> dict[str, float]:
         found = predictions(split, EVALUATION_BATCH, predict, None, config)
-        return statistics.fmean(a == b for a, b in zip(found, labels))
+        outputs["prediction"], outputs["loss"] = zip(*found)
+        accuracy = statistics.fmean(a == b for a, b in zip(outputs["prediction"], labels))
+        return {f"{prefix}accuracy": accuracy, f"{prefix}loss": statistics.fmean(outputs["loss"])}
 
     def evaluate(last: bool) -> dict[str, float]:
-        found = dict(val_accuracy=accuracy(val, [row["labels"] for row in val]))
+        found = measure(val, [row["labels"] for row in val], "val_")
         if last and not config.holdout:
-            found = dict(accuracy=accuracy(test, [label for _, label in test.rows])) | found
+            found = measure(test, [label for _, label in test.rows], "") | found
         return found
 
     majority = statistics.mode(row["labels"] for row in train)
@@ -143,4 +150,5 @@ def problem(config: Config, recipe: Recipe) -> Problem:
                  accuracy=statistics.fmean(label == majority for _, label in test.rows))
     return Problem(
         model, targets, ["classifier"], math.ceil(len(train) / recipe.batch_size),
-        lambda epoch: epoch_batches(train, recipe.batch_size, config, epoch), loss, evaluate, floor)
+        lambda epoch: epoch_batches(train, recipe.batch_size, config, epoch), loss, evaluate, floor,
+        outputs=outputs)

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from experiments.common import (
-    by_length, epoch_batches, load_splits, matrices, mean_loss, predictions, pretrained)
+    by_length, epoch_batches, load_splits, matrices, mean_loss, predictions, pretrained, some)
 from experiments.problem import DEVICE, Config, Problem, Recipe, by_rank
 
 HUB = "EdinburghNLP/xsum"
@@ -39,6 +39,7 @@ def problem(config: Config, recipe: Recipe) -> Problem:
     """
     train, validation, test = load_splits(
         config.data_dir, HUB, None, ("document", "summary"), ("train", "validation", "test"))
+    outputs: dict[str, list] = {}
     reported = validation if config.holdout else test
     tokenizer = pretrained(transformers.AutoTokenizer, config.model)
     model = pretrained(transformers.AutoModelForSeq2SeqLM, config.model, dtype=torch.float32)
@@ -70,16 +71,18 @@ def problem(config: Config, recipe: Recipe) -> Problem:
         loss = sum(total for total, _ in found) / sum(count for _, count in found)
         if not last:
             return dict(validation_loss=loss)
-        summaries = predictions(reported_tokens, DECODING_BATCH, summarize, pad, config)
-        return rouge(summaries, reported["summary"]) | dict(validation_loss=loss)
+        outputs["prediction"] = predictions(
+            reported_tokens, DECODING_BATCH, summarize, pad, config)
+        return rouge(outputs["prediction"], reported["summary"]) | dict(validation_loss=loss)
 
     train_tokens, validation_tokens, reported_tokens = (
         split.map(tokenize, batched=True, remove_columns=split.column_names)
         for split in (train, validation, reported))
+    train_tokens = some(train_tokens, recipe)
     lead = [document.partition("\n")[0] for document in reported["document"]]
     return Problem(
-        model, targets, [], math.ceil(len(train) / recipe.batch_size),
+        model, targets, [], math.ceil(len(train_tokens) / recipe.batch_size),
         lambda epoch: epoch_batches(train_tokens, recipe.batch_size, config, epoch,
                                     lambda rows: by_length(rows, pad)),
         lambda model, chunks: mean_loss(model, chunks, config), evaluate,
-        rouge(lead, reported["summary"]), "first sentence")
+        rouge(lead, reported["summary"]), "first sentence", outputs=outputs)
