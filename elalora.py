@@ -84,9 +84,11 @@ class SVDLinear(nn.Module):
         _check_layer(str(base_layer), base_layer, rank)
         if not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be a positive number, got {alpha!r}")
-        on_cpu = dict(dtype=torch.float32, device="cpu")  # so a seed starts alike on any device
-        P, Q_T = (new_directions(torch.empty(d, 0, **on_cpu), rank, generator).to(
-            base_layer.weight.device) for d in (base_layer.out_features, base_layer.in_features))
+        sizes = (base_layer.out_features, base_layer.in_features)
+        drawn = [torch.randn(sum(sizes), dtype=torch.float64, device="cpu", generator=generator)
+                 for _ in range(rank)]  # one by one, and on the CPU: a seed starts alike anywhere
+        P, Q_T = (torch.linalg.qr(columns)[0].to(base_layer.weight.device, torch.float32)
+                  for columns in torch.stack(drawn, dim=1).split(sizes))
         factors = (P.contiguous(), P.new_zeros(rank), Q_T.T.contiguous())
         self.P, self.Lambda, self.Q = map(nn.Parameter, factors)
         self.dropout = nn.Dropout(dropout)

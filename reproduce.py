@@ -49,6 +49,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "final: svd that starts with the ranks which the elalora run of this seed ended with\n"
         "shuffled: like final, with these ranks shuffled over the matrices\n"
         "lora, eva, adalora: PEFT's; eva only for GLUE and XSum")
+    add("--ranks", metavar="FILE", help="JSON map from matrices to ranks, or a run's results.json:\n"
+        "ranks that svd has in place of even ones; --rank is then their mean")
     add("--targets", nargs="+", default=[""], metavar="NAME",
         help="adapt only matrices whose names end so (output.dense: attention.output.dense,\n"
         "too); default: all that the paper adapts")
@@ -68,6 +70,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("rank", "seeds", "method"):
         if len({*(values := getattr(args, name))}) < len(values):
             parser.error(f"--{name} {values}: remove duplicates")
+    if args.ranks and args.method != ["svd"]:
+        parser.error("--ranks is for --method svd alone")
     model, _ = FAMILIES[FAMILY_OF[args.task]]
     if model:
         args.model, args.dtype = args.model or model, args.dtype or "float32"
@@ -273,7 +277,10 @@ def folder_name(config: Config) -> str:
 
 
 def rank_map(config: Config, folder: Path) -> dict[str, int] | None:
-    """The final ranks of the ElaLoRA run beside this one, shuffled if the method says so."""
+    """The final ranks of the ElaLoRA run beside this one, shuffled if the method says so; or those
+    of --ranks. None: even ranks."""
+    if config.ranks:
+        return read_ranks(config)
     if config.method not in ("final", "shuffled"):
         return None
     source = replace(config, method="elalora")
@@ -283,6 +290,20 @@ def rank_map(config: Config, folder: Path) -> dict[str, int] | None:
     if config.method == "shuffled":
         values = random.Random(config.seed).sample([*ranks.values()], len(ranks))
         ranks = dict(zip(ranks, values))
+    return ranks
+
+
+def read_ranks(config: Config) -> dict[str, int]:
+    """ValueError if the file of --ranks has no ranks, or others than --rank on average."""
+    try:
+        content = json.loads(Path(config.ranks).read_text())
+        ranks = content.get("ranks", content)
+        mean = statistics.fmean(ranks.values())
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"--ranks: {config.ranks} has no map from matrices to ranks "
+                         f"({type(error).__name__}: {error})") from None
+    if mean != config.rank:
+        raise ValueError(f"--ranks: {config.ranks} has a mean of {mean:g}, --rank {config.rank}")
     return ranks
 
 
@@ -366,7 +387,8 @@ def run_all(args: argparse.Namespace) -> None:
     for method, rank, seed in itertools.product(METHODS, args.rank, args.seeds):
         if method in args.method:
             config = Config(args.task, method, rank, seed, args.model, args.data_dir, args.epochs,
-                            args.targets, args.set, args.holdout, args.dtype, shared.PROCESSES)
+                            args.targets, args.set, args.holdout, args.dtype, shared.PROCESSES,
+                            args.ranks)
             runs[Path(args.output_dir, folder_name(config))] = config
     check_files(args.model, args.data_dir, [*runs])
     report.page_of(Path(args.output_dir), args.task)  # raises if a foreign README.md is there

@@ -195,6 +195,27 @@ def test_a_layer_starts_orthonormal_and_as_its_base(rank, seed):
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
+@given(*[st.lists(st.integers(1, 5), min_size=4, max_size=4)] * 2, st.integers(0, 3), seeds)
+def test_the_seed_and_its_name_decide_where_a_matrix_starts(ranks, others, first, seed):
+    """Other ranks and other targets change neither its first ranks nor what is drawn next; another
+    seed does, and no two matrices start alike."""
+
+    def start(ranks, seed):
+        layers = adapted_layers(inject(Net(seed), [*ranks], ranks))
+        return {name: layer.P.T for name, layer in layers.items()}, layers, torch.rand(())
+
+    P, layers, drawn = start(dict(zip(ADAPTED, ranks)), seed)
+    fewer, same_layers, same = start(dict(zip(ADAPTED[first:], others)), seed)
+    assert drawn == same and [*fewer] == ADAPTED[first:]
+    for name, rank in zip(ADAPTED[first:], map(min, ranks[first:], others)):
+        torch.testing.assert_close(fewer[name][:rank], P[name][:rank])
+        Q, same_Q = layers[name].Q, same_layers[name].Q
+        torch.testing.assert_close(same_Q[:rank], Q[:rank])
+    other, *_ = start(dict(zip(ADAPTED, ranks)), seed + 1)
+    columns = [column.tolist() for rows in (P, other) for P_T in rows.values() for column in P_T]
+    assert len({*map(tuple, columns)}) == 2 * sum(ranks)
+
+
 def test_the_default_device_does_not_matter():
     """Factors and new directions are drawn on the CPU and live where their base does."""
     base = nn.Linear(6, 5)

@@ -129,6 +129,18 @@ def dots(frame: pandas.DataFrame, metric: str, reference: str, path: Path) -> No
     save(figure, path)
 
 
+def strips(rows: pandas.DataFrame, path: Path) -> None:
+    """The loss of every truncated model, by how its ranks were chosen: a panel for every task and
+    mean rank, a colour for every seed."""
+    panels = [*rows[rows["rank"].isin([2, 4])].groupby(["task", "rank"])]
+    figure, axes = new(1, len(panels), height=3, sharey=True)
+    for axis, ((task, rank), panel) in zip(axes, panels):
+        seaborn.stripplot(panel, x="loss", y="map", hue="seed", palette=COLORS[:3], size=4,
+                          alpha=0.7, legend=axis is axes[-1], ax=axis)
+        axis.set(title=f"{task}, mean rank {rank}", xlabel="loss", ylabel="")
+    save(figure, path)
+
+
 def bars(costs: dict[str, dict[str, float]], parts: list[str], path: Path) -> None:
     """The parts of a step in milliseconds, stacked, by method."""
     figure, (left, right) = new(1, 2, height=2.8, sharey=True)

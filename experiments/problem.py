@@ -32,6 +32,7 @@ class Config:
     holdout: bool = False  # evaluate on data that no result is reported on
     dtype: str | None = None  # of autocast
     processes: int = 1
+    ranks: str | None = None  # file with the ranks that svd has in place of even ones
 
 
 def check_arguments(had: dict, config: Config) -> None:

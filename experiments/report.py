@@ -42,14 +42,16 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 # ---- Names ----
 def label(arguments: dict) -> str:
     """What tells a run from others, but for the seed, in the names of folders."""
-    words = [arguments["method"], f"r{arguments['rank']}", "+".join(arguments["targets"])]
+    words = [arguments["method"], f"r{arguments['rank']}", "+".join(arguments["targets"]),
+             Path(arguments.get("ranks") or "").stem]
     return "-".join(filter(None, [*words, *arguments["set"]]))
 
 
 def words(arguments: dict) -> list[str]:
     """What label() has, in people's words; rank 4 and all matrices are not named."""
     settings = (setting.partition("=") for setting in arguments["set"])
-    return [METHODS[arguments["method"]],
+    file = arguments.get("ranks")
+    return [f"ranks of {Path(file).name}" if file else METHODS[arguments["method"]],
             *[f"rank {arguments['rank']}"] * (arguments["rank"] != 4),
             *[f"only {' + '.join(arguments['targets'])}"] * any(arguments["targets"]),
             *(SETTINGS[name].format(value) for name, _, value in settings)]
@@ -216,7 +218,7 @@ def read(folder: Path, arguments: dict | None = None) -> list[dict]:
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))]
     runs = [r for r in runs if "history" in r]  # no benchmark
     like = arguments or (runs[0]["arguments"] if runs else {})
-    varied = ("method", "rank", "targets", "set", "seed")
+    varied = ("method", "rank", "targets", "set", "seed", "ranks")
     runs = [r for r in runs if all(r["arguments"].get(name) == x for name, x in like.items()
                                    if name not in varied)]
     shared = set.intersection(*(set(words(r["arguments"])[1:]) for r in runs)) if runs else set()
@@ -447,6 +449,49 @@ def costs(folder: Path) -> str:
     return text
 
 
+def truncations(folder: Path) -> None:
+    """Writes README.md and truncated.png of what experiments/headroom.py measured."""
+    from experiments import figures
+    found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*-truncated.json"))}
+    rows = pandas.concat([pandas.DataFrame(x["rows"]).assign(task=TASKS.get(x["task"], x["task"]))
+                          for x in found.values()])
+    tables = {}
+    for task, of_task in rows.groupby("task"):
+        of_task = of_task.drop(columns="task").dropna(axis="columns")
+        metrics = [name for name in of_task if name not in ("seed", "rank", "map")]
+        by_seed = of_task.groupby(["rank", "map", "seed"], sort=False)[metrics].mean()
+        run = by_seed.index.map(lambda key: f"{key[1]}, mean rank {key[0]}")
+        table = means(by_seed.groupby(run, sort=False))
+        counts = of_task.groupby(["rank", "map"], sort=False).size()
+        tables[task] = table.assign(evaluations=[str(n) for n in counts])
+    text = "\n\n".join(f"## {task}\n\n{table.to_markdown(disable_numparse=True)}"
+                       for task, table in tables.items())
+    hardware = {f"torch {x['versions']['torch']}, {x['versions']['hardware']}" for x in found.values()}
+    commands = "\n".join(sorted(x["command"] for x in found.values()))
+    write(folder / "README.md", lambda path: path.write_text(TRUNCATED.format(
+        mark=MARK, folder=folder.name, commands=commands, hardware="; ".join(hardware), text=text)))
+    write(folder / "truncated.png", lambda path: figures.strips(rows, path))
+
+
+TRUNCATED = """{mark}
+# {folder}
+
+```sh
+{commands}
+```
+
+{hardware}
+
+What a LoRA of rank 64 learned, cut to a mean rank per matrix in several ways, without more
+training: mean ± standard deviation over the seeds (of shuffled maps, each seed counts with its
+mean).
+
+![truncated updates](truncated.png)
+
+{text}
+"""
+
+
 def main(folders: list[str]) -> None:
     if not folders:
         sys.exit("usage: python -m experiments.report FOLDER ...")
@@ -454,6 +499,9 @@ def main(folders: list[str]) -> None:
     for folder in paths:
         if [*folder.glob("results.json"), *folder.glob("*/results.json")]:
             (costs if (folder / "results.json").exists() else compare)(folder)
+            print(folder / "README.md")
+        elif [*folder.glob("*-truncated.json")]:
+            truncations(folder)
             print(folder / "README.md")
     forest(paths, paths[0].parent / "forest.png")
 
