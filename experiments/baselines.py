@@ -54,18 +54,27 @@ class LoRA:
         self.t = state["step"]
 
 
+def without_padding(x: Tensor, mask: Tensor) -> Tensor:
+    """Of texts (texts, tokens, d) the tokens; all of DeBERTa's relative positions (1, p, d)."""
+    return x[mask] if x.shape[:2] == mask.shape else x.flatten(0, -2)
+
+
 class EVA(LoRA):
-    """PEFT's LoRA whose ranks, and A, are chosen by the data before training (arXiv:2410.07170):
-    the directions in which the inputs of a matrix vary most; a rank more for what explains more."""
+    """PEFT's LoRA that starts from the data (arXiv:2410.07170), for batches of texts.
+
+    A starts with the directions in which the inputs of its matrix vary most. Before training, ranks
+    go to the matrices where they explain most of that, up to twice the mean rank; some may get 0.
+    """
     def __init__(self, problem: Problem, config: Config, recipe: Recipe, schedule: RankSchedule):
         import peft
         super().__init__(problem, config, recipe, schedule)
-        texts = [chunk for batch in itertools.islice(problem.batches(0), 32) for chunk in batch]
-        with warnings.catch_warnings(action="ignore"):
-            peft.initialize_lora_eva_weights(
-                self.adapted, [{**chunk} for chunk in texts], show_progress_bar=False,
-                forward_fn=lambda model, chunk: problem.loss(problem.model, [BatchEncoding(chunk)]))
-        self.layers = {n: m for n, m in self.layers.items() if n in dict(problem.model.named_modules())}
+        texts = [{**chunk} for batch in itertools.islice(problem.batches(0), 32) for chunk in batch]
+        peft.initialize_lora_eva_weights(
+            self.adapted, texts, show_progress_bar=False,
+            forward_fn=lambda model, text: problem.loss(problem.model, [BatchEncoding(text)]),
+            prepare_model_inputs_fn=lambda text, config: text["attention_mask"].bool(),
+            prepare_layer_inputs_fn=lambda x, mask, name: without_padding(x[0], mask))
+        self.layers = {n: m for n, m in problem.model.named_modules() if hasattr(m, "lora_A")}
 
     def settings(self, rank: int, recipe: Recipe, schedule: RankSchedule,
                  names: dict) -> "peft.LoraConfig":

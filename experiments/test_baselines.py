@@ -2,13 +2,15 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import reproduce
-from experiments.conftest import arguments_of, array, prepared, tiny_problem
+from experiments import glue
+from experiments.conftest import arguments_of, array, prepared, tiny_config, tiny_problem
 from experiments.problem import DEVICE, trained
 
 
@@ -50,6 +52,36 @@ def test_adaloras_penalty_is_pefts(tiny):
     assert len(norms) == 2 * 12 and penalty == pytest.approx(0.1 * np.mean(norms))
     whole = training.allocator.adapted.base_model(**batch).loss.item()
     assert problem.loss(model, batch).item() + penalty == pytest.approx(whole)
+
+
+def test_eva_starts_with_the_directions_in_which_inputs_vary_most(tiny):
+    """By NumPy's SVD of all inputs of a matrix but for padding; the ranks are as many as elsewhere,
+    and B = 0, so that the model computes what its base does."""
+    config = tiny_config(tiny, method="eva")
+    recipe = replace(glue.RECIPES["rte"][2], warmup=0, stabilize=0, interval=1)
+    base, inputs = tiny_problem(tiny), {}
+    chunks = [chunk for batch in base.batches(0) for chunk in batch]
+
+    def record(name, x):
+        mask = chunk["attention_mask"].bool()
+        tokens = x[mask] if x.shape[:2] == mask.shape else x[0]  # relative positions
+        inputs.setdefault(name, []).append(array(tokens))
+
+    for name in base.targets:
+        hook = lambda module, args, output, name=name: record(name, args[0])
+        base.model.get_submodule(name).register_forward_hook(hook)
+    base.model.eval()
+    for chunk in chunks:
+        base.loss(base.model, [chunk])
+    problem = tiny_problem(tiny)
+    allocator = reproduce.prepare(problem, config, recipe).allocator
+    assert sum(allocator.ranks().values()) == 2 * 12 and max(allocator.ranks().values()) <= 4
+    for name, layer in allocator.layers.items():
+        x = np.concatenate(inputs[name])
+        _, _, Vh = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+        first = array(layer.lora_A["default"].weight)[0]
+        assert abs(first @ Vh[0]) / np.linalg.norm(first) > 0.9
+        assert not layer.lora_B["default"].weight.any()
 
 
 @pytest.mark.parametrize("ratio, start", [(1.5, 3), (3.0, 6)])
