@@ -134,7 +134,7 @@ def by_length(rows: list[dict], pad: Callable[[list[dict]], dict]) -> list[dict]
     """A batch of texts as chunks of similar length. On a CPU this saves padding, so time. The mean
     loss over the chunks is that of the batch."""
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    size = max(8, math.ceil(len(rows) / 4)) if DEVICE == "cpu" else len(rows)
+    size = math.ceil(len(rows) / (4 if DEVICE == "cpu" else 1))
     return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
@@ -153,14 +153,14 @@ def predictions(rows: Sized, batch_size: int, predict: Callable, collate: Callab
     order = range(len(rows))
     if collate:  # texts, of which batches of one length need no padding
         order = sorted(order, key=lambda i: len(rows[i]["input_ids"]))
-    own, share = [], order[shared.PROCESS :: shared.PROCESSES]
-    for batch in DataLoader(Subset(rows, share), batch_size, collate_fn=collate):
+    own, found = order[shared.PROCESS :: shared.PROCESSES], []
+    for batch in DataLoader(Subset(rows, own), batch_size, collate_fn=collate):
         with autocast(config):
-            own += predict(batch)
-    shares = [dict(zip(share, own))]
+            found += predict(batch)
+    shares = [by_row := dict(zip(own, found))]
     if shared.PROCESSES > 1:
-        distributed.all_gather_object(shares := [None] * shared.PROCESSES, shares[0])
-    by_row = {i: found for share in shares for i, found in share.items()}
+        distributed.all_gather_object(shares := [None] * shared.PROCESSES, by_row)
+    by_row = {i: x for share in shares for i, x in share.items()}
     return [by_row[i] for i in range(len(rows))]
 
 

@@ -111,7 +111,7 @@ def forest(panels: dict[str, pandas.DataFrame], path: Path) -> None:
         axis.set_yticks(range(len(table)), [*table.index[::-1]])
         axis.set_title(name, loc="left", fontsize=10)
     axes[-1].set_xlabel(
-        "right of 0 ElaLoRA is better; grey box: true differences that would probably go unseen")
+        "right of 0 the first is better; grey box: true differences that would probably go unseen")
     save(figure, path)
 
 

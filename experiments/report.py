@@ -181,18 +181,19 @@ def holm(p: pandas.Series) -> pandas.Series:
     return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1).reindex(p.index)
 
 
-def differences(rows: pandas.DataFrame, metric: str, reference: str) -> pandas.DataFrame:
-    """The reference minus each other run, paired by seed; tested from five pairs on."""
+def differences(rows: pandas.DataFrame, metric: str,
+                contrasts: dict[str, tuple[str, str]]) -> pandas.DataFrame:
+    """By name, the first run minus the second, paired by seed; tested from five pairs on."""
     import scipy.stats
     by_seed, found = rows.pivot(index="seed", columns="run", values=metric), {}
-    for other in rows["run"].unique():
-        pairs = (by_seed[reference] - by_seed[other]).dropna()
-        if other == reference or len(pairs) < 2:
+    for name, (first, second) in contrasts.items():
+        pairs = (by_seed[first] - by_seed[second]).dropna()
+        if len(pairs) < 2:
             continue
         test = scipy.stats.ttest_1samp(pairs, 0)
         low, high = test.confidence_interval(0.95)
         tested = len(pairs) >= 5 and pairs.std() > 0
-        found[other] = dict(
+        found[name] = dict(
             mean=pairs.mean(), std=pairs.std(), n=len(pairs),
             **dict(low=low, high=high, p=test.pvalue) if tested else {})
     table = pandas.DataFrame(found).T.reindex(columns=["mean", "std", "n", "low", "high", "p"])
@@ -208,7 +209,7 @@ def verdict(row: pandas.Series) -> str:
         return "not tested"
     if row["p"] >= 0.05:
         return "inconclusive"
-    return "reference higher" if row["mean"] > 0 else "reference lower"
+    return "higher" if row["mean"] > 0 else "lower"
 
 
 # ---- All runs of a task ----
@@ -234,6 +235,23 @@ def reference_of(runs: list[dict]) -> str:
     shared = {r["title"]: (settings.count(s), -len(s[-1]))
               for r, s in zip(runs, settings) if r["method"] == "elalora"}
     return max(shared, key=shared.get) if shared else runs[0]["title"]
+
+
+def contrasts_of(folder: Path, runs: list[dict]) -> tuple[str, dict[str, tuple[str, str]]]:
+    """What to subtract from what: heading, and name -> titles of two runs.
+
+    contrasts.json, written before the runs, lists pairs of titles without learning rates. Without
+    this file, every other run is subtracted from the reference.
+    """
+    titles = [*dict.fromkeys(r["title"] for r in runs)]
+    if not (path := folder / "contrasts.json").exists():
+        reference = reference_of(runs)
+        others = {other: (reference, other) for other in titles if other != reference}
+        return f"{reference} minus the other runs", others
+    named = {", ".join(w for w in t.split(", ") if not w.startswith("lr ")): t for t in titles}
+    pairs = [(a, b) for a, b in json.loads(path.read_text()) if a in named and b in named]
+    return ("Contrasts named before the runs, first minus second",
+            {f"{a} − {b}": (named[a], named[b]) for a, b in pairs})
 
 
 def log_scores(S: list[float]) -> pandas.Series:
@@ -313,15 +331,15 @@ def compare(folder: Path, arguments: dict | None = None) -> str:
         return ""
     rows, reference = measured(runs), reference_of(runs)
     metric = next(iter(runs[0]["metrics"]))
-    found = {name: differences(rows, name, reference) for name in (metric, "loss", "train_loss")
-             if name in rows}
+    heading, contrasts = contrasts_of(folder, runs)
+    measures = [name for name in ("loss", metric, "train_loss") if name in rows]
+    found = {name: differences(rows, name, contrasts) for name in measures}
     kinds = pandas.DataFrame([mean_ranks(r["ranks"]) for r in runs])
     scores = pandas.DataFrame([last_scores(r).quantile([0.1, 0.5, 0.9]) for r in runs])
     floor = {r["floor_name"]: r["floor"] for r in runs if r.get("floor")}
     tables = {"": table_of_runs(rows, floor)}
     for name, table in found.items():
-        heading = f"{reference} minus the other runs, {name.replace('_', ' ')}"
-        tables[heading] = table_of_differences(table)
+        tables[f"{heading}, {name.replace('_', ' ')}"] = table_of_differences(table)
     tables["Mean ranks"] = means(kinds.groupby(rows["run"], sort=False))
     moving = [r for r in runs if r["method"] in ("elalora", "adalora")]
     tables["Rank correlations (Spearman)"] = rank_correlations(
@@ -406,24 +424,22 @@ def draw(folder: Path, prefix: str, runs: list[dict], rows: pandas.DataFrame, re
 
 
 def forest(folders: list[Path], path: Path) -> None:
-    """ElaLoRA minus other methods at its rank, of all folders that compare some, in one picture."""
+    """The contrasts of all folders that name some, in one picture: losses and residuals of the
+    second minus those of the first, so that to the right the first is better."""
     from experiments import figures
-    panels, order = {}, ["lora", "adalora", "svd", "shuffled", "final", "elalora"]
+    panels = {}
     for folder in folders:
-        runs = read(folder)
-        if not {"svd", "lora"} <= {r["method"] for r in runs}:
+        if not (folder / "contrasts.json").exists():
             continue
-        reference = reference_of(runs)
-        rank = next(r["rank"] for r in runs if r["title"] == reference)
-        runs = [r for r in runs if r["rank"] == rank and not any(r["arguments"]["targets"])]
-        rows = measured(sorted(runs, key=lambda r: order.index(r["method"])))
-        metric = "gap_closed" if "gap_closed" in rows else next(iter(runs[0]["metrics"]))
-        found = differences(rows.assign(**{metric: 100 * rows[metric]}), metric, reference)
+        runs = read(folder)
+        rows = measured(runs)
+        metric = "loss" if "loss" in rows else next(iter(runs[0]["metrics"]))
+        _, contrasts = contrasts_of(folder, runs)
+        found = differences(rows.assign(**{metric: -rows[metric]}), metric, contrasts)
         if len(found := found.dropna()):
-            task = TASKS.get(folder.name, folder.name)
-            panels[f"{task}, 100 × {metric.replace('_', ' ')}: {reference} minus …"] = found
+            task = TASKS.get(runs[0]["task"], runs[0]["task"])
+            panels[f"{folder.name} ({task}): {metric}"] = found
     if panels:
-        panels = dict(sorted(panels.items(), key=lambda item: not item[0].startswith("planted")))
         write(path, lambda path: figures.forest(panels, path))
 
 

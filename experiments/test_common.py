@@ -2,9 +2,11 @@
 
 import contextlib
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
@@ -76,6 +78,33 @@ def test_the_held_out_tenth_is_the_same_for_every_seed():
     assert len(tenth) == 5 and sorted([*rest, *tenth]) == [*range(57)]
 
 
+def test_some_examples_are_the_same_for_every_seed():
+    """As many as asked for, no two the same; 0 is all; more than there are is a ValueError."""
+    some = lambda n: [*common.some(range(57), replace(glue.RECIPES["rte"][4], examples=n))]
+    torch.manual_seed(0)
+    found = some(9)
+    torch.manual_seed(1)
+    assert some(9) == found != [*range(9)] and len({*found}) == 9 and some(0) == [*range(57)]
+    with pytest.raises(ValueError, match="examples=58: there are 57"):
+        some(58)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_guess_is_the_likeliest_class_or_the_number_with_its_loss(labels):
+    """By NumPy: minus the logarithm of the label's probability, or the squared error."""
+    logits, x = torch.randn(20, labels), np.random.default_rng(0)
+    y = x.integers(labels, size=20) if labels > 1 else x.random(20)
+    guesses, losses = zip(*common.guesses(logits, torch.tensor(y)))
+    logits = logits.double().numpy()
+    if labels == 1:
+        np.testing.assert_allclose(guesses, logits[:, 0])
+        np.testing.assert_allclose(losses, (logits[:, 0] - y) ** 2, rtol=1e-4)
+    else:
+        probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        assert [*guesses] == probabilities.argmax(axis=1).tolist()
+        np.testing.assert_allclose(losses, -np.log(probabilities[range(20), y]), rtol=1e-4)
+
+
 def test_a_batch_is_split_into_chunks_of_like_length():
     """On a CPU into four, the shortest rows first; on a GPU it stays one."""
     rows = [dict(input_ids=[0] * n) for n in (5, 1, 12, 4, 2, 8, 11, 7, 3, 6, 10, 9)]
@@ -114,7 +143,8 @@ def test_the_loss_is_the_mean_over_all_labels_of_all_processes(monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_predictions_are_in_the_order_of_the_rows(count, processes, monkeypatch):
-    """One for each row in every process, by however many processes they were made."""
+    """One for each row in every process, by however many processes they were made, though texts
+    of like length are padded together."""
     made = []
 
     def record(shares, own):
@@ -125,13 +155,14 @@ def test_predictions_are_in_the_order_of_the_rows(count, processes, monkeypatch)
         shares[:] = made
 
     config, found = Config("rte", "elalora", 4, 0), []
-    squares = lambda batch: [i * i for i in batch]
+    squares = lambda batch: [row["i"] ** 2 for row in batch]
+    texts = [dict(i=i, input_ids=[0] * (7 * i % 11)) for i in range(11)]
     for gather in (record, exchange):
         monkeypatch.setattr(distributed, "all_gather_object", gather)
         for process in range(count):
             processes(process, count)
             with contextlib.suppress(EOFError):
-                found.append(common.predictions(range(11), 3, squares, lambda rows: rows, config))
+                found.append(common.predictions(texts, 3, squares, lambda rows: rows, config))
     assert found[-count:] == [[i * i for i in range(11)]] * count
 
 

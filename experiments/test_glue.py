@@ -218,7 +218,35 @@ def test_mnli_is_evaluated_on_both_of_its_dev_splits(tiny, monkeypatch):
     assert problem.floor == dict(accuracy=0, accuracy_mm=1)
     with torch.no_grad():
         problem.model.classifier.bias += torch.tensor([99, 0, 0]).to(DEVICE)
-    assert problem.evaluate(True) == dict(accuracy=1, accuracy_mm=0)
+    metrics = problem.evaluate(True)
+    assert (metrics["accuracy"], metrics["accuracy_mm"]) == (1, 0)
+    assert metrics["loss"] < 1e-9 and metrics["loss_mm"] == pytest.approx(99, abs=1)
+
+
+def contains(words, part):
+    return any(words[i : i + len(part)] == part for i in range(len(words) - len(part) + 1))
+
+
+@given(st.lists(st.lists(st.sampled_from("abcde"), min_size=2, max_size=7), min_size=4), st.data())
+def test_no_held_out_phrase_is_part_of_what_is_trained_on(sentences, data):
+    """By brute force over all pairs of phrases; as many are held out as asked for, each once."""
+    parts = [
+        data.draw(st.lists(st.tuples(st.integers(0, len(s)), st.integers(0, len(s))), max_size=4))
+        for s in sentences
+    ]
+    phrases = [s[i:j] for s, spans in zip(sentences, parts) for i, j in spans if i < j] + sentences
+    texts = [" ".join(phrase) + " " for phrase in phrases]
+    rows = [dict(i=i) for i in range(len(phrases))]
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(glue, "HELD_OUT", n := len(phrases) // 2)
+        context.setattr(glue, "FOR_CHOOSING", 1)
+        train, choosing, held = glue.hold_out_sentences(rows, texts)
+        with pytest.raises(ValueError, match=f"holds out {n} phrases; there are {2 * n - 1}"):
+            glue.hold_out_sentences(rows[: 2 * n - 1], texts[: 2 * n - 1])
+    out = [row["i"] for row in choosing + held]
+    assert len(choosing) == 1 and len({*out}) == len(out) == n
+    assert {*out}.isdisjoint(row["i"] for row in train)
+    assert not any(contains(phrases[row["i"]], phrases[i]) for row in train for i in out)
 
 
 def test_labels_that_are_none_of_the_tasks_are_refused():

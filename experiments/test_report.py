@@ -186,7 +186,8 @@ def test_differences_are_paired_by_seed_and_tested_from_five_pairs_on():
     random = np.random.default_rng(1)
     ours, near, far = random.normal([[0.5], [0.497], [0.3]], 0.004, (3, 6))
     rows = measurements(ours=ours, near=near, far=far, few=near[:4], one=near[:1], same=ours)
-    found = report.differences(rows, "accuracy", "ours")
+    others = {other: ("ours", other) for other in ("near", "far", "few", "one", "same")}
+    found = report.differences(rows, "accuracy", others)
     assert [*found.index] == ["near", "far", "few", "same"]
     p = {}
     for run, other in dict(near=near, far=far).items():
@@ -202,10 +203,10 @@ def test_differences_are_paired_by_seed_and_tested_from_five_pairs_on():
     assert found.loc["few", "n"] == 4 and found.loc[["few", "same"], "low"].isna().all()
     verdicts = found.apply(report.verdict, axis=1).to_dict()
     assert verdicts == dict(
-        near="inconclusive", far="reference higher", few="not tested", same="not tested"
+        near="inconclusive", far="higher", few="not tested", same="not tested"
     )
-    reverse = report.differences(rows, "accuracy", "far")
-    assert report.verdict(reverse.loc["ours"]) == "reference lower"
+    reverse = report.differences(rows, "accuracy", {"reverse": ("far", "ours")})
+    assert report.verdict(reverse.loc["reverse"]) == "lower"
 
 
 # ---- Names ----
@@ -323,7 +324,7 @@ def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
     assert [*rows] == ["AdaLoRA", "LoRA"]  # of one seed there is no deviation
     difference = np.subtract(accuracy["ElaLoRA"], accuracy["LoRA"])
     assert close(rows["LoRA"]["difference"], *mean_std(difference))
-    assert rows["LoRA"]["verdict"] == "reference higher" and rows["LoRA"]["pairs"] == "6"
+    assert rows["LoRA"]["verdict"] == "higher" and rows["LoRA"]["pairs"] == "6"
     assert rows["AdaLoRA"]["verdict"] == "not tested" and rows["AdaLoRA"]["pairs"] == "3"
     assert "ElaLoRA minus the other runs, train loss" in tables
     means = of("LoRA", lambda r: np.mean([r["ranks"][f"layer.{i}.b"] for i in range(3)]))
@@ -397,6 +398,32 @@ def test_the_forest_draws_every_difference_with_its_interval(tmp_path, monkeypat
     assert [text.get_text() for text in axis.get_yticklabels()] == ["even ranks", "LoRA"]
 
 
+def test_named_contrasts_are_the_only_ones_tested(tmp_path, monkeypatch):
+    """They are named without learning rates, and their picture has the second minus the first:
+    what is lower is better."""
+    random, panels = np.random.default_rng(0), []
+    runs = [
+        write_run(tmp_path, arguments(method, seed=seed, set=[f"learning_rate={rate}"]), random)
+        for method, rate in dict(elalora="8e-3", svd="8e-3", lora="1e-3").items()
+        for seed in range(5)
+    ]
+    names = [["LoRA", "even ranks"], ["ElaLoRA", "even ranks"], ["ElaLoRA", "EVA"]]
+    (tmp_path / "contrasts.json").write_text(json.dumps(names))
+    report.compare(tmp_path)
+    tables = tables_of((tmp_path / "README.md").read_text())
+    found = [table for heading, table in tables.items() if heading.startswith("Contrasts named")]
+    assert found and not any("minus the other runs" in heading for heading in tables)
+    for table in found:
+        assert [*table] == ["LoRA − even ranks", "ElaLoRA − even ranks"]
+    monkeypatch.setattr(figures, "forest", lambda found, path: panels.append(found) or path.touch())
+    report.forest([tmp_path], tmp_path / "forest.png")
+    ((metric, *_),) = {tuple(r["metrics"]) for r in runs}
+    (table,) = panels[0].values()
+    values = {m: [r["metrics"][metric] for r in runs if r["method"] == m] for m in ("lora", "svd")}
+    expected = np.mean(values["svd"]) - np.mean(values["lora"])
+    assert table.loc["LoRA − even ranks", "mean"] == pytest.approx(expected)
+
+
 def test_a_single_run_has_a_page_and_is_compared_with_nothing(tmp_path):
     """So nothing is printed, and no table has differences."""
     results = write_run(tmp_path, arguments("elalora"), np.random.default_rng(0))
@@ -407,11 +434,12 @@ def test_a_single_run_has_a_page_and_is_compared_with_nothing(tmp_path):
 
 
 def test_the_command_makes_every_page_and_the_picture_of_all_differences(tmp_path, capsys):
-    """The picture has a part for each folder that compares ElaLoRA with even ranks and LoRA."""
+    """The picture has a part for each folder that names contrasts."""
     random = np.random.default_rng(0)
     for name, method in itertools.product("xy", ("elalora", "svd", "lora")):
         for seed in range(5):
             write_run(tmp_path / name, arguments(method, seed=seed), random)
+    (tmp_path / "x/contrasts.json").write_text('[["ElaLoRA", "LoRA"]]')
     write_run(tmp_path / "z", arguments("lora"), random)
     report.main([str(tmp_path / name) for name in "xyz"])
     pages = [tmp_path / name / "README.md" for name in "xyz"]

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -73,6 +74,7 @@ def test_imports_go_one_way():
     allowed |= {family: {"problem", "common"} for family in reproduce.FAMILIES}
     allowed |= dict(trainer=set(), sharded=set())  # to be copied
     allowed |= dict(language_model={"problem", "common", "report", "trainer", "xsum"})
+    allowed |= dict(headroom={"problem", "glue", "report"})
     allowed |= dict(benchmark=own.keys() | {"reproduce"})
     assert own.keys() == allowed.keys()
     for name, modules in own.items():
@@ -105,7 +107,7 @@ def test_a_mistyped_argument_is_refused_before_the_slow_imports(tmp_path):
 
 # ---- End to end ----
 @pytest.mark.parametrize(
-    "task, metrics", [("rte", ["accuracy"]), ("stsb", ["pearson", "spearman"])]
+    "task, metrics", [("rte", ["accuracy", "loss"]), ("stsb", ["pearson", "spearman", "loss"])]
 )
 def test_a_run_writes_all_that_it_promises(task, metrics, tiny, tmp_path, monkeypatch, capsys):
     """From a float16 checkpoint without head and tokenizer.json, on data laid out as on the hub."""
@@ -113,7 +115,8 @@ def test_a_run_writes_all_that_it_promises(task, metrics, tiny, tmp_path, monkey
     arguments = [*arguments_of(tiny, task), "--rank", "3", "--epochs", "1", "--set", *SHORT]
     reproduce.main(arguments)
     folder = tmp_path / f"runs/{task}-elalora-r3-{SHORT_NAME}-s0"
-    names = {"results.json", "ranks.png", "scores.png", "adapter.safetensors", "peft"}
+    names = {"results.json", "predictions.json", "ranks.png", "scores.png", "adapter.safetensors",
+             "peft"}  # fmt: skip
     assert {path.name for path in folder.iterdir()} == names
     assert all((folder / name).read_bytes()[1:4] == b"PNG" for name in names if ".png" in name)
     results = results_of(folder)
@@ -140,6 +143,10 @@ def test_a_run_writes_all_that_it_promises(task, metrics, tiny, tmp_path, monkey
     load_adapter_state_dict(problem.model, load_file(folder / "adapter.safetensors"))
     problem.model.to(DEVICE).eval()
     assert problem.evaluate(True) == pytest.approx(results["metrics"], abs=1e-3)
+    outputs = json.loads((folder / "predictions.json").read_text())
+    assert outputs["prediction"] == pytest.approx(problem.outputs["prediction"], abs=1e-3)
+    assert len(outputs["loss"]) == DEV_ROWS
+    assert statistics.fmean(outputs["loss"]) == pytest.approx(results["metrics"]["loss"])
     # So it is in PEFT.
     loaded = peft.PeftModel.from_pretrained(base.model, folder / "peft").eval()
     ids = torch.randint(4, 40, (5, 9)).to(DEVICE)
@@ -402,6 +409,28 @@ def test_final_and_shuffled_train_at_the_ranks_that_elalora_found(
     shutil.rmtree("runs/planted-final-r4-s0")
     message = "planted-elalora-r4-s0/results.json: it has epochs None, not 3"
     assert message in refusal("--method", "final", "--epochs", "3")
+
+
+def test_a_file_of_ranks_takes_the_place_of_even_ones(small_planted, tmp_path, monkeypatch, refusal):
+    """A map, or the results of a run; what has no map, or another mean or other matrices, is
+    refused."""
+    monkeypatch.chdir(tmp_path)
+    reproduce.main([])
+    (results,) = tmp_path.glob("runs/*/results.json")
+    ranks = results_of(results.parent)["ranks"]
+    Path("map.json").write_text(json.dumps(ranks))
+    for file in ("map.json", str(results)):
+        reproduce.main(["--method", "svd", "--ranks", file])
+        found = results_of(tmp_path / f"runs/planted-svd-r4-{Path(file).stem}-s0")
+        assert found["ranks"] == ranks and not found["adjustments"]
+        assert {*ranks.values()} != {4}
+    assert "--ranks is for --method svd alone" in refusal("--ranks", "map.json")
+    for text, message in {
+        "[1]": "bad.json has no map", "{": "bad.json has no map", json.dumps(ranks | {"x": 4}):
+        "a rank map of others: ['x']", json.dumps(dict.fromkeys(ranks, 3)): "has a mean of 3, --rank 4",
+    }.items():  # fmt: skip
+        Path("bad.json").write_text(text)
+        assert message in refusal("--method", "svd", "--ranks", "bad.json")
 
 
 # ---- Killed, interrupted, broken ----

@@ -142,8 +142,10 @@ def test_a_run_reports_the_accuracy_of_the_adapter_that_it_wrote(given, capsys):
     (folder,) = Path("runs").glob("*-s0")
     results = json.loads((folder / "results.json").read_text())
     assert [[*epoch["metrics"]] for epoch in results["history"]] == [
-        ["val_accuracy"], ["val_accuracy"], ["accuracy", "val_accuracy"]
-    ]  # fmt: skip
+        ["val_accuracy", "val_loss"],
+        ["val_accuracy", "val_loss"],
+        ["accuracy", "loss", "val_accuracy", "val_loss"],
+    ]
     assert results["floor"] == {"val_accuracy": 2 / 6, "accuracy": 3 / 9}
     assert "(majority class 0.3333)" in capsys.readouterr().out
     assert len(results["ranks"]) == 10 and sum(results["ranks"].values()) == 20
@@ -155,18 +157,23 @@ def test_a_run_reports_the_accuracy_of_the_adapter_that_it_wrote(given, capsys):
     elalora.load_adapter_state_dict(problem.model, load_file(folder / "adapter.safetensors"))
     problem.model.eval()
     _, val, test, _ = vtab.load_images("cifar", "data", "vit")
-    for split, metric in ((val, "val_accuracy"), (test, "accuracy")):
-        right = 0
+    outputs = json.loads((folder / "predictions.json").read_text())
+    for split, prefix in ((val, "val_"), (test, "")):
+        guesses, losses = [], []
         for row in (split[i] for i in range(len(split))):
             logits = problem.model(pixel_values=row["pixel_values"][None].to(vtab.DEVICE)).logits
-            right += int(logits.argmax()) == row["labels"]
-        assert results["metrics"][metric] == right / len(split)
+            guesses.append(int(logits.argmax()))
+            losses.append(-logits.log_softmax(dim=1)[0, row["labels"]].item())
+        right = sum(a == split[i]["labels"] for i, a in enumerate(guesses))
+        assert results["metrics"][f"{prefix}accuracy"] == right / len(split)
+        assert results["metrics"][f"{prefix}loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert outputs == dict(prediction=guesses, loss=pytest.approx(losses, rel=1e-4))
 
 
 def test_held_out_runs_do_not_see_the_test_images(given):
-    """With --holdout the accuracy on val200 is the only one."""
+    """With --holdout only val200 is evaluated."""
     problem = problem_of(config_of(holdout=True))
-    assert [*problem.evaluate(True)] == ["val_accuracy"]
+    assert [*problem.evaluate(True)] == ["val_accuracy", "val_loss"]
 
 
 @pytest.mark.parametrize("method", ["elalora", "lora", "adalora"])
