@@ -7,11 +7,12 @@
     python reproduce.py --method elalora lora --seeds 0 1 2 3 4   # ends in a table
     torchrun --nproc-per-node 2 reproduce.py --task mrpc   # the same batches, shared by two GPUs
 
-A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, ranks.png, peft/ (for PeftModel),
-of ElaLoRA adapter.safetensors and scores.png; and checkpoint.pt after every epoch, for --resume.
-All runs of a task in OUTPUT_DIR are compared in OUTPUT_DIR/README.md, with figures. Tables, figures
-and equations are those of arXiv:2504.00254. Where it is silent, the learning rate rises for 10% of
-the run and falls linearly to 0, gradients are clipped to norm 1, and there is no weight decay.
+A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's answer
+to every example, and its loss), ranks.png, peft/ (for PeftModel), of ElaLoRA adapter.safetensors
+and scores.png; and checkpoint.pt after every epoch, for --resume. All runs of a task in OUTPUT_DIR
+are compared in OUTPUT_DIR/README.md, with figures. Tables, figures and equations are those of
+arXiv:2504.00254. Where it is silent, the learning rate rises for 10% of the run and falls linearly
+to 0, gradients are clipped to norm 1, and there is no weight decay.
 """
 
 import argparse
@@ -58,8 +59,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="replaces a setting, such as learning_rate=1e-3, b=2 or lambda_rate=10;\n"
         "all are explained at Recipe in experiments/problem.py")
     add("--holdout", action="store_true",
-        help="for choosing settings: evaluate a tenth of GLUE's training split, XSum's\n"
-        "validation split, VTAB's val200, and not what results are reported on")
+        help="for choosing settings: evaluate a tenth of GLUE's training split (2,000 phrases\n"
+        "for sst2_heldout), XSum's validation split, VTAB's val200, and not what\n"
+        "results are reported on")
     add("--dtype", choices=("float32", "bfloat16"), help="of autocast; default: float32")
     add("--output-dir", default="runs", help="default: runs")
     add("--resume", action="store_true", help="go on where unfinished runs had a checkpoint")
