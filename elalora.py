@@ -51,10 +51,9 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -271,69 +270,17 @@ def _place_growth(candidates: Sequence[tuple], pruned: Sequence[tuple], ranks: M
     return grown
 
 
-@contextmanager
-def recorded_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within it, backward() adds the loss's gradient of every adapted W to this map by name."""
-    gradients, handles = {}, []
-
-    def record(name: str, layer: SVDLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].detach().reshape(-1, layer.Q.shape[1])
-
-        def add(g: Tensor) -> None:
-            G = g.reshape(-1, len(layer.P)).T.float() @ x.float()  # (d_out, d_in)
-            gradients[name] = gradients[name] + G if name in gradients else G
-        if output.requires_grad:
-            output.register_hook(add)
-    for name, layer in _adapted(model).items():
-        handles.append(layer.register_forward_hook(partial(record, name)))
-    try:
-        yield gradients
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def top_directions(G: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n greatest singular directions of G, (d_out, n) and (d_in, n)."""
-    with torch.random.fork_rng(devices=[G.device] if G.is_cuda else []):
-        torch.manual_seed(0)
-        U, _, V = torch.svd_lowrank(G, q=min(n + 8, *G.shape), niter=4)
-    return U[:, :n], V[:, :n]
-
-
-@torch.no_grad()
-def start_from_gradients(model: nn.Module, gradients: Mapping[str, Tensor]) -> None:
-    for name, layer in _adapted(model).items():
-        U, V = top_directions(gradients[name], layer.rank)
-        layer.P.copy_(U)
-        layer.Q.copy_(V.T)
-
-
-@torch.no_grad()
-def missed_directions(layer: SVDLinear, keep: Tensor, G: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Those of what is left of the gradient outside of the present P and Q."""
-    for A, side in ((layer.P[:, keep], 0), (layer.Q[keep].T, 1)):
-        basis = torch.linalg.qr(A.float())[0]
-        G = G - basis @ (basis.T @ G) if side == 0 else G - (G @ basis) @ basis.T
-    return top_directions(G, n)
-
-
-def new_directions(present: Tensor, n: int, generator: torch.Generator | None,
-                   wanted: Tensor | None = None) -> Tensor:
+def new_directions(present: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Algorithm 1's Gram-Schmidt: n random orthonormal columns, (d, n), orthogonal to the present
     ones, (d, r), whether or not these are orthonormal. n <= d - r. In float64 on the CPU."""
-    if wanted is None:
-        wanted = torch.randn(
-            n, len(present), dtype=torch.float64, device="cpu", generator=generator).T
-    columns = torch.cat([present.cpu().double(), wanted.cpu().double()], dim=1)
-    orthonormal, _ = torch.linalg.qr(columns)
+    random = torch.randn(len(present), n, dtype=torch.float64, device="cpu", generator=generator)
+    orthonormal, _ = torch.linalg.qr(torch.cat([present.cpu().double(), random], dim=1))
     return orthonormal[:, present.shape[1] :].to(present)  # the first r columns span the present
 
 
 @torch.no_grad()
 def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.Generator,
-           states: Sequence[Mapping[Tensor, dict]], gradient: Tensor | None = None) -> None:
+           states: Sequence[Mapping[Tensor, dict]]) -> None:
     """Keeps the given ranks of a layer, in that order, and appends n_new new ones.
 
     Ours: a new rank has a singular value of 0, so the output does not change, and a score of 0.
@@ -350,9 +297,8 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
     slots = _state_slots(layer, states)
     index = torch.tensor(keep, device=layer.Lambda.device)
-    U, V = (None, None) if gradient is None else missed_directions(layer, index, gradient, n_new)
-    new_P = new_directions(layer.P[:, index], n_new, generator, U)
-    new_Q = new_directions(layer.Q[index].T, n_new, generator, V).T
+    new_P = new_directions(layer.P[:, index], n_new, generator)
+    new_Q = new_directions(layer.Q[index].T, n_new, generator).T
     new = dict(zip(factors, (new_P, new_P.new_zeros(n_new), new_Q)))
     for w, state, key in slots:
         zeros = torch.zeros_like(new[w], dtype=state[key].dtype)
@@ -444,14 +390,11 @@ class RankAllocator:
     Raises ValueError if a number is out of range, or if the optimizer lacks an adapter's weights.
     """
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
-                 k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0,
-                 growth: str = "random", protect: bool = False):
+                 k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0):
         if not (type(k) is int and k >= 1 and 0 < beta1 < 1 and 0 < beta2 < 1):
             raise ValueError(f"k must be an integer >= 1 and betas in (0, 1), got {k!r}, {beta1!r}"
                              f" and {beta2!r}")
         self.layers, self.optimizer, self.schedule = _adapted(model), optimizer, schedule
-        self.model, self.growth, self.protect, self.gradients = model, growth, protect, None
-        self.recording, self.last = ExitStack(), {}
         self.k, self.beta1, self.beta2 = k, beta1, beta2
         self.optimized = {w for group in optimizer.param_groups for w in group["params"]}
         self.factors = {_key(name, factor): getattr(layer, factor)
@@ -486,24 +429,18 @@ class RankAllocator:
         if self.t < self.schedule.search_end:  # from the first step, so that averages settle
             self._update_averages()
         self.t = self.steps["done"] = self.t + 1
-        if self.growth == "gradient" and self.schedule.budget(self.t + 1):
-            self.gradients = self.recording.enter_context(recorded_gradients(self.model))
         if (b := self.schedule.budget(self.t)) == 0:
             return None
-        self.recording.close()
-        fresh = self.last if self.protect else {}
-        scores = {name: S.tolist()[: len(S) - fresh.get(name, 0)]
-                  for name, S in self.importance().items()
+        scores = {name: S.tolist() for name, S in self.importance().items()
                   if all(w.requires_grad and w in self.optimized
                          for w in self.layers[name].parameters(recurse=False))}
-        max_ranks = {n: layer.max_rank - fresh.get(n, 0) for n, layer in self.layers.items()}
+        max_ranks = {name: layer.max_rank for name, layer in self.layers.items()}
         pruned, expanded = select(scores, max_ranks, self.k, b)
-        self.last = expanded
         for name, layer in self.layers.items():
             if name in pruned or name in expanded:
                 keep = [i for i in range(layer.rank) if i not in pruned.get(name, [])]
                 resize(layer, keep, expanded.get(name, 0), self.generator,
-                       (self.optimizer.state, self.averages), (self.gradients or {}).get(name))
+                       (self.optimizer.state, self.averages))
         return Adjustment(self.t, b, pruned, expanded)
 
     def _update_averages(self) -> None:

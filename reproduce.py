@@ -50,8 +50,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "final: svd that starts with the ranks which the elalora run of this seed ended with\n"
         "shuffled: like final, with these ranks shuffled over the matrices\n"
         "lora, eva, adalora: PEFT's; eva only for GLUE and XSum")
-    add("--ranks", metavar="FILE", help="JSON map from matrices to ranks, or a run's results.json:\n"
-        "ranks that svd has in place of even ones; --rank is then their mean")
+    add("--ranks", metavar="FILE", 
+        help="a map from matrices to ranks in JSON, or a run's results.json: svd has\n"
+        "these ranks in place of even ones; --rank is then their mean")
     add("--targets", nargs="+", default=[""], metavar="NAME",
         help="adapt only matrices whose names end so (output.dense: attention.output.dense,\n"
         "too); default: all that the paper adapts")
@@ -149,8 +150,6 @@ def prepare(problem: Problem, config: Config, recipe: Recipe,
     else:
         elalora.inject(problem.model, problem.targets, ranks or config.rank, recipe.alpha,
                        modules_to_save=problem.heads)
-        if recipe.start == "gradient":
-            start_from_gradients(problem, config)
     groups = {1: [], recipe.lambda_rate: []}  # of singular values, AdaLoRA's as well
     for name, w in trained(problem.model).items():
         times = recipe.lambda_rate if name.endswith((".Lambda", ".lora_E.default")) else 1
@@ -162,20 +161,9 @@ def prepare(problem: Problem, config: Config, recipe: Recipe,
     if baseline:
         return Training(optimizer, scheduler, allocator, allocator.penalty)
     allocator = elalora.RankAllocator(problem.model, optimizer, schedule, recipe.k, recipe.beta1,
-                                      recipe.beta2, config.seed, recipe.growth, bool(recipe.protect))
+                                      recipe.beta2, config.seed)
     return Training(optimizer, scheduler, allocator,
                     lambda: recipe.gamma * elalora.orthogonality_penalty(problem.model))
-
-
-def start_from_gradients(problem: Problem, config: Config) -> None:
-    """Of the loss of four batches of epoch 0's order, which no run trains on in that order."""
-    torch.manual_seed(seed_of(config, 0))
-    problem.model.train()
-    with elalora.recorded_gradients(problem.model) as gradients:
-        for batch in itertools.islice(problem.batches(0), 4):
-            problem.loss(problem.model, batch).backward()
-    problem.model.zero_grad()
-    elalora.start_from_gradients(problem.model, gradients)
 
 
 def train_step(problem: Problem, batch: object, training: Training,

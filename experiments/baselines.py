@@ -5,7 +5,6 @@ Updates are scaled by alpha / rank in all of them.
 """
 
 import itertools
-import warnings
 from typing import TYPE_CHECKING
 
 import torch

@@ -42,9 +42,8 @@ def check_arguments(had: dict, config: Config) -> None:
             raise ValueError(f"it has {name} {had.get(name)}, not {wanted}")
 
 
-CHOICES = dict(shape=(*elalora.SHAPES,), lr_scheduler=("linear", "cosine", "constant_with_warmup"),
-               start=("random", "gradient"), growth=("random", "gradient"))
-MAY_BE_ZERO = ("warmup", "stabilize", "b", "gamma", "examples", "protect")
+CHOICES = dict(shape=(*elalora.SHAPES,), lr_scheduler=("linear", "cosine", "constant_with_warmup"))
+MAY_BE_ZERO = ("warmup", "stabilize", "b", "gamma", "examples")
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,6 @@ class Recipe:
     shape: str = "cubic"
     lr_scheduler: str = "linear"
     examples: int = 0  # train on so many, at random but alike for every seed; 0: on all
-    start: str = "random"  # of P and Q; gradient: along the loss's gradient of each matrix
-    growth: str = "random"  # of new ranks' P and Q; gradient: as above, where the ranks miss most
-    protect: int = 0  # 1: an adjustment leaves the ranks alone that the last one added
 
     def __post_init__(self) -> None:
         for name in SETTINGS:

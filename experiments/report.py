@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +313,12 @@ def table_of_differences(found: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.DataFrame(rows).T
 
 
+def hardware_of(runs: Iterable[dict]) -> str:
+    """In words; of several machines, all."""
+    return "; ".join(sorted({f"torch {r['versions']['torch']}, {r['versions']['hardware']}"
+                             for r in runs}))
+
+
 def page_of(folder: Path, task: str) -> tuple[Path, str]:
     """The page of a task's runs, and how the names of its figures begin: README.md and "" if the
     folder has runs of this task alone. ValueError if README.md is not one of report's."""
@@ -351,11 +357,10 @@ def compare(folder: Path, arguments: dict | None = None) -> str:
         table.to_markdown(disable_numparse=True) for heading, table in tables.items() if len(table))
     page_path, prefix = page_of(folder, runs[0]["task"])
     pictures = draw(folder, prefix, runs, rows, reference, metric)
-    hardware = {f"torch {r['versions']['torch']}, {r['versions']['hardware']}" for r in runs}
     legend = SINGLE if rows["seed"].nunique() < 2 else LEGEND.format(n=found[metric]["p"].count())
     page = PAGE.format(
         folder=folder.name, commands="\n".join(sorted({r["command"] for r in runs})), text=text,
-        legend=legend, hardware="; ".join(sorted(hardware)),
+        legend=legend, hardware=hardware_of(runs),
         pictures="\n\n".join(f"{caption}\n\n![{name}]({prefix}{name}.png)"
                              for name, caption in pictures.items()))
     write(page_path, lambda path: path.write_text(page))
@@ -456,9 +461,8 @@ def costs(folder: Path) -> str:
     text = "\n\n".join(f"## {heading}\n\n{table.to_markdown(floatfmt=',.4g')}"
                        for heading, table in tables.items())
     command = results.get("command", "python -m experiments.benchmark")
-    hardware = f"torch {results['versions']['torch']}, {results['versions']['hardware']}"
     write(folder / "README.md", lambda path: path.write_text(
-        f"{MARK}\n# {folder.name}\n\n```sh\n{command}\n```\n\n{hardware}\n\n"
+        f"{MARK}\n# {folder.name}\n\n```sh\n{command}\n```\n\n{hardware_of([results])}\n\n"
         f"![cost of a step](cost.png)\n\n{text}\n"))
     parts = ["passes", "penalty", "optimizer", "allocator"]
     write(folder / "cost.png", lambda path: figures.bars(by_method, parts, path))
@@ -482,10 +486,10 @@ def truncations(folder: Path) -> None:
         tables[task] = table.assign(evaluations=[str(n) for n in counts])
     text = "\n\n".join(f"## {task}\n\n{table.to_markdown(disable_numparse=True)}"
                        for task, table in tables.items())
-    hardware = {f"torch {x['versions']['torch']}, {x['versions']['hardware']}" for x in found.values()}
+    hardware = hardware_of(found.values())
     commands = "\n".join(sorted(x["command"] for x in found.values()))
     write(folder / "README.md", lambda path: path.write_text(TRUNCATED.format(
-        mark=MARK, folder=folder.name, commands=commands, hardware="; ".join(hardware), text=text)))
+        mark=MARK, folder=folder.name, commands=commands, hardware=hardware, text=text)))
     write(folder / "truncated.png", lambda path: figures.strips(rows, path))
 
 

@@ -411,10 +411,9 @@ def test_final_and_shuffled_train_at_the_ranks_that_elalora_found(
     assert message in refusal("--method", "final", "--epochs", "3")
 
 
-def test_a_file_of_ranks_takes_the_place_of_even_ones(small_planted, tmp_path, monkeypatch, refusal):
-    """A map, or the results of a run; what has no map, or another mean or other matrices, is
-    refused."""
-    monkeypatch.chdir(tmp_path)
+def test_a_file_of_ranks_takes_the_place_of_even_ones(small_planted, tmp_path, refusal):
+    """A map, or the results of a run. What has no map, another mean or other matrices is refused.
+    """
     reproduce.main([])
     (results,) = tmp_path.glob("runs/*/results.json")
     ranks = results_of(results.parent)["ranks"]
@@ -425,11 +424,12 @@ def test_a_file_of_ranks_takes_the_place_of_even_ones(small_planted, tmp_path, m
         assert found["ranks"] == ranks and not found["adjustments"]
         assert {*ranks.values()} != {4}
     assert "--ranks is for --method svd alone" in refusal("--ranks", "map.json")
-    for text, message in {
-        "[1]": "bad.json has no map", "{": "bad.json has no map", json.dumps(ranks | {"x": 4}):
-        "a rank map of others: ['x']", json.dumps(dict.fromkeys(ranks, 3)): "has a mean of 3, --rank 4",
-    }.items():  # fmt: skip
-        Path("bad.json").write_text(text)
+    for content, message in (
+        ([1], "bad.json has no map"),
+        (ranks | {"x": 4}, "a rank map of others: ['x']"),
+        (dict.fromkeys(ranks, 3), "has a mean of 3, --rank 4"),
+    ):
+        Path("bad.json").write_text(json.dumps(content))
         assert message in refusal("--method", "svd", "--ranks", "bad.json")
 
 
