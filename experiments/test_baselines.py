@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import reproduce
-from experiments import glue
+from experiments import baselines, glue
 from experiments.conftest import arguments_of, array, prepared, tiny_config, tiny_problem
 from experiments.problem import DEVICE, trained
 
@@ -52,6 +52,14 @@ def test_adaloras_penalty_is_pefts(tiny):
     assert len(norms) == 2 * 12 and penalty == pytest.approx(0.1 * np.mean(norms))
     whole = training.allocator.adapted.base_model(**batch).loss.item()
     assert problem.loss(model, batch).item() + penalty == pytest.approx(whole)
+
+
+def test_eva_sees_tokens_and_no_padding():
+    """And all relative positions of DeBERTa, which are no texts."""
+    x, mask = torch.randn(3, 4, 5), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    tokens = torch.stack([x[0, 0], x[0, 1], *x[1], x[2, 0]])
+    assert torch.equal(baselines.without_padding(x, mask), tokens)
+    assert torch.equal(baselines.without_padding(x[:1], mask), x[0])
 
 
 def test_eva_starts_with_the_directions_in_which_inputs_vary_most(tiny):

@@ -229,7 +229,8 @@ def contains(words, part):
 
 @given(st.lists(st.lists(st.sampled_from("abcde"), min_size=2, max_size=7), min_size=4), st.data())
 def test_no_held_out_phrase_is_part_of_what_is_trained_on(sentences, data):
-    """By brute force over all pairs of phrases; as many are held out as asked for, each once."""
+    """By brute force over all pairs of phrases; as many are held out as asked for, each once. What
+    is trained on is part of a sentence that is trained on: its phrases go together."""
     parts = [
         data.draw(st.lists(st.tuples(st.integers(0, len(s)), st.integers(0, len(s))), max_size=4))
         for s in sentences
@@ -246,7 +247,26 @@ def test_no_held_out_phrase_is_part_of_what_is_trained_on(sentences, data):
     out = [row["i"] for row in choosing + held]
     assert len(choosing) == 1 and len({*out}) == len(out) == n
     assert {*out}.isdisjoint(row["i"] for row in train)
-    assert not any(contains(phrases[row["i"]], phrases[i]) for row in train for i in out)
+    trained = [phrases[row["i"]] for row in train]
+    assert not any(contains(phrase, phrases[i]) for phrase in trained for i in out)
+    longest = [p for p in trained if not any(contains(q, p) and p != q for q in phrases)]
+    assert all(any(contains(sentence, phrase) for sentence in longest) for phrase in trained)
+
+
+@pytest.mark.parametrize("holdout, evaluated", [(False, [2, 3, 4]), (True, [0, 1])])
+def test_held_out_sentences_choose_settings_or_are_reported_on(
+    holdout, evaluated, tiny, monkeypatch
+):
+    """Either part is evaluated alone, and the same examples are trained on."""
+    pad, (rows, _) = glue.load_examples("rte", str(tiny / "glue"), str(tiny / "deberta"))
+    numbered = [dict(row, labels=i) for i, row in enumerate(rows)]
+    splits = [numbered[10:], numbered[:2], numbered[2:5]]
+    monkeypatch.setattr(glue, "load_examples", lambda *_: (pad, splits))
+    found = []
+    monkeypatch.setattr(glue, "compute_metrics", lambda *a: found.append(a[2]) or {})
+    problem = tiny_problem(tiny, task="sst2_heldout", holdout=holdout)
+    used = [i for b in problem.batches(1) for chunk in b for i in chunk["labels"].tolist()]
+    assert found == [evaluated] and sorted(used) == [*range(10, ROWS)]
 
 
 def test_labels_that_are_none_of_the_tasks_are_refused():
