@@ -346,8 +346,9 @@ def write_folder(folder: Path, config: Config, problem: Problem, allocator, resu
     scores = {f"after step {step}": report.log_scores(S)
               for step, S in results["scores"].items() if S}  # LoRA has none
     if problem.outputs:
-        text = json.dumps(problem.outputs)
-        report.write(folder / "predictions.json", lambda path: path.write_text(text))
+        digits = lambda x: float(f"{x:.4g}") if isinstance(x, float) else x
+        outputs = {name: [*map(digits, values)] for name, values in problem.outputs.items()}
+        report.write(folder / "predictions.json", lambda path: path.write_text(json.dumps(outputs)))
     report.write(folder / "ranks.png", lambda path: figures.heatmaps(maps, path))
     if scores:
         report.write(folder / "scores.png", lambda path: figures.distributions(scores, path))

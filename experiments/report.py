@@ -469,8 +469,8 @@ def costs(folder: Path) -> str:
     return text
 
 
-def truncations(folder: Path) -> None:
-    """Writes README.md and truncated.png of what experiments/headroom.py measured."""
+def truncations(folder: Path) -> str:
+    """Writes README.md and truncated.png of what headroom.py measured, returns the tables."""
     from experiments import figures
     found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*-truncated.json"))}
     rows = pandas.concat([pandas.DataFrame(x["rows"]).assign(task=TASKS.get(x["task"], x["task"]))
@@ -491,6 +491,7 @@ def truncations(folder: Path) -> None:
     write(folder / "README.md", lambda path: path.write_text(TRUNCATED.format(
         mark=MARK, folder=folder.name, commands=commands, hardware=hardware, text=text)))
     write(folder / "truncated.png", lambda path: figures.strips(rows, path))
+    return text
 
 
 TRUNCATED = """{mark}
@@ -512,16 +513,21 @@ mean).
 """
 
 
+def write_page(folder: Path) -> str:
+    """Writes README.md and the figures of a folder of results of any kind, returns the tables."""
+    if (folder / "results.json").exists():
+        return costs(folder)
+    return truncations(folder) if [*folder.glob("*-truncated.json")] else compare(folder)
+
+
 def main(folders: list[str]) -> None:
     if not folders:
         sys.exit("usage: python -m experiments.report FOLDER ...")
     paths = [Path(folder) for folder in folders]
     for folder in paths:
-        if [*folder.glob("results.json"), *folder.glob("*/results.json")]:
-            (costs if (folder / "results.json").exists() else compare)(folder)
-            print(folder / "README.md")
-        elif [*folder.glob("*-truncated.json")]:
-            truncations(folder)
+        kinds = ("results.json", "*/results.json", "*-truncated.json")
+        if any(path for kind in kinds for path in folder.glob(kind)):
+            write_page(folder)
             print(folder / "README.md")
     forest(paths, paths[0].parent / "forest.png")
 
