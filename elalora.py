@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# elalora.py 1.1, a reference implementation of ElaLoRA (unofficial). Copy this file, it is enough.
+# elalora.py 1.2, a reference implementation of ElaLoRA (unofficial). Copy this file, it is enough.
 """ElaLoRA in one file: low-rank adapters whose ranks move to the matrices that need them.
 
 A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. While the model trains,

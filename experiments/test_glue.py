@@ -1,5 +1,6 @@
 """The laws of experiments/glue.py: Table 7, texts and labels, metrics."""
 
+import itertools
 import os
 from fractions import Fraction
 from types import SimpleNamespace
@@ -119,6 +120,22 @@ def test_the_real_data_have_the_published_sizes(task, sizes):
     for split in splits:
         glue.check_labels(list(split["label"]), row, task)
         assert all(isinstance(text, str) for column in row.texts for text in split[column])
+
+
+@pytest.mark.skipif(
+    "GLUE_DIR" not in os.environ, reason="GLUE_DIR names no folder laid out like nyu-mll/glue"
+)
+def test_the_real_sst2_has_20_000_phrases_that_are_part_of_no_other_sentence():
+    """2,000 of them to choose settings by; no training phrase has one of them in it."""
+    (rows,) = common.load_splits(os.environ["GLUE_DIR"], glue.HUB, "sst2", ["sentence"], ["train"])
+    phrases = [" ".join(phrase.split()) for phrase in rows["sentence"]]
+    train, *parts = glue.hold_out_sentences([*range(len(phrases))], phrases)
+    assert (len(train), *map(len, parts)) == (47349, 2000, 18000)
+    spans = set()
+    for words in (phrases[i].split() for i in train):
+        ends = itertools.combinations(range(len(words) + 1), 2)
+        spans |= {" ".join(words[i:j]) for i, j in ends}
+    assert spans.isdisjoint(phrases[i] for part in parts for i in part)
 
 
 # ---- The model ----
