@@ -73,6 +73,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("rank", "seeds", "method"):
         if len({*(values := getattr(args, name))}) < len(values):
             parser.error(f"--{name} {values}: remove duplicates")
+    if "eva" in args.method and FAMILY_OF[args.task] not in ("glue", "xsum"):
+        parser.error("--method eva: only for tasks of texts, GLUE's and XSum's")
     if args.ranks and args.method != ["svd"]:
         parser.error("--ranks is for --method svd alone")
     model, _ = FAMILIES[FAMILY_OF[args.task]]

@@ -10,7 +10,8 @@ import torch
 
 import reproduce
 from experiments import baselines, glue
-from experiments.conftest import arguments_of, array, prepared, tiny_config, tiny_problem
+from experiments.conftest import (
+    arguments_of, array, end_of, prepared, tiny_config, tiny_problem)
 from experiments.problem import DEVICE, trained
 
 
@@ -92,6 +93,19 @@ def test_eva_starts_with_the_directions_in_which_inputs_vary_most(tiny):
         assert not layer.lora_B["default"].weight.any()
 
 
+def test_eva_resumes_bit_for_bit(tiny, tmp_path):
+    """Its ranks are found again before the checkpoint is loaded."""
+    config = tiny_config(tiny, method="eva")
+    recipe = replace(glue.RECIPES["rte"][2], epochs=3, warmup=0, stabilize=0, interval=1)
+
+    def make():
+        torch.manual_seed(0)
+        return tiny_problem(tiny), config, recipe
+
+    expected = end_of(make, tmp_path / "whole.pt")
+    assert end_of(make, tmp_path / "parts.pt", stops=[2, 3]) == expected
+
+
 @pytest.mark.parametrize("ratio, start", [(1.5, 3), (3.0, 6)])
 def test_adalora_ends_at_the_rank_of_the_others(tiny, ratio, start):
     """It starts at a multiple of the rank; after its search as many are left as elsewhere."""
@@ -122,16 +136,17 @@ def test_adaloras_scores_are_equation_2s_of_the_ranks_it_kept(small_planted, tmp
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # by PEFT, of AdaLoRA's own
 def test_the_adapters_of_other_methods_load_in_peft(tiny, tmp_path, monkeypatch):
-    """What LoRA's and AdaLoRA's runs write gives the metrics of the run, with as many weights as
-    the run says: those of the ranks that AdaLoRA kept."""
+    """What their runs write gives the metrics of the run, with as many weights as the run says:
+    those of the ranks that AdaLoRA kept."""
     import peft
     from safetensors.torch import load_file
 
     monkeypatch.chdir(tmp_path)
     settings = ["batch_size=16", "learning_rate=0.05", "warmup=2", "stabilize=3", "interval=2"]
-    arguments = [*arguments_of(tiny, "stsb"), "--epochs", "1", "--method", "lora", "adalora"]
+    methods = ["lora", "eva", "adalora"]
+    arguments = [*arguments_of(tiny, "stsb"), "--epochs", "1", "--method", *methods]
     reproduce.main([*arguments, "--set", *settings])
-    for method in ("lora", "adalora"):
+    for method in methods:
         (folder,) = tmp_path.glob(f"runs/stsb-{method}-r4-*-s0")
         results = json.loads((folder / "results.json").read_text())
         problem = tiny_problem(tiny, task="stsb")

@@ -210,6 +210,8 @@ BAD_ARGUMENTS = {
     "set": (["--set", "b=1", "--set", "k=two"], "--set k=two: "),
     "output": (["--output-dir", "/dev/null/runs"], "cannot write in /dev/null: Not a directory"),
     "method": (["--method", "final"], "takes the ranks of runs/.*-s0: run elalora first"),
+    "eva": (["--method", "eva"], "--method eva: only for tasks of texts"),
+    "examples": (["--set", "examples=9"], "examples=...: planted ranks have no end"),
 }
 
 
