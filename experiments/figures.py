@@ -134,10 +134,14 @@ def strips(rows: pandas.DataFrame, path: Path) -> None:
     mean rank, a colour for every seed."""
     panels = [*rows[rows["rank"].isin([2, 4])].groupby(["task", "rank"])]
     figure, axes = new(1, len(panels), height=3, sharey=True)
+    colors = dict(zip(rows["seed"].unique(), COLORS))
     for axis, ((task, rank), panel) in zip(axes, panels):
-        seaborn.stripplot(panel, x="loss", y="map", hue="seed", palette=COLORS[:3], size=4,
-                          alpha=0.7, legend=axis is axes[-1], ax=axis)
+        seaborn.stripplot(panel, x="loss", y="map", hue="seed", palette=colors, size=4, dodge=True,
+                          jitter=False, ax=axis)
         axis.set(title=f"{task}, mean rank {rank}", xlabel="loss", ylabel="")
+        handles = axis.get_legend_handles_labels()
+        axis.get_legend().remove()
+    figure.legend(*handles, title="seed", loc="outside right upper")
     save(figure, path)
 
 

@@ -443,7 +443,8 @@ def forest(folders: list[Path], path: Path) -> None:
         found = differences(rows.assign(**{metric: -rows[metric]}), metric, contrasts)
         if len(found := found.dropna()):
             task = TASKS.get(runs[0]["task"], runs[0]["task"])
-            panels[f"{folder.name} ({task}): {metric}"] = found
+            panels[f"{task}: {metric} of the second minus that of the first"] = found.rename(
+                index=lambda name: name.replace(" − ", " against "))
     if panels:
         write(path, lambda path: figures.forest(panels, path))
 
