@@ -37,7 +37,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     models = ", ".join(model for model, _ in FAMILIES.values() if model)
     add("--task", choices=FAMILY_OF, default="planted", metavar="TASK",
-        help="\n".join(f"{name}: {tasks}" for name, (_, tasks) in FAMILIES.items()))
+        help="\n".join(f"{name}: {tasks}" for name, (_, tasks) in FAMILIES.items())
+        + "\nsst2_heldout evaluates 18,000 phrases of SST-2's training split")
     add("--rank", type=int, nargs="+", default=[4],
         help="average rank(s), with b and k of the table's nearest rank; default: 4")
     add("--seeds", type=int, nargs="+", default=[0], help="one run for each; default: 0")
