@@ -50,7 +50,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="svd: ElaLoRA whose ranks never move (b = 0), so even ranks\n"
         "final: svd that starts with the ranks which the elalora run of this seed ended with\n"
         "shuffled: like final, with these ranks shuffled over the matrices\n"
-        "lora, eva, adalora: PEFT's; eva only for GLUE and XSum")
+        "lora, adalora: PEFT's\n"
+        "eva: PEFT's LoRA whose ranks are chosen by the data before training; GLUE and XSum")
     add("--ranks", metavar="FILE", 
         help="a map from matrices to ranks in JSON, or a run's results.json: svd has\n"
         "these ranks in place of even ones; --rank is then their mean")
@@ -61,9 +62,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="replaces a setting, such as learning_rate=1e-3, b=2 or lambda_rate=10;\n"
         "all are explained at Recipe in experiments/problem.py")
     add("--holdout", action="store_true",
-        help="for choosing settings: evaluate a tenth of GLUE's training split (2,000 phrases\n"
-        "for sst2_heldout), XSum's validation split, VTAB's val200, and not what\n"
-        "results are reported on")
+        help="for choosing settings: the data that results are reported on stay unseen.\n"
+        "GLUE: nine tenths of the training split are trained on, one tenth is evaluated;\n"
+        "sst2_heldout: 2,000 phrases kept for this; XSum: validation; VTAB: val200")
     add("--dtype", choices=("float32", "bfloat16"), help="of autocast; default: float32")
     add("--output-dir", default="runs", help="default: runs")
     add("--resume", action="store_true", help="go on where unfinished runs had a checkpoint")
@@ -292,6 +293,8 @@ def read_ranks(config: Config) -> dict[str, int]:
         content = json.loads(Path(config.ranks).read_text())
         ranks = content.get("ranks", content)
         mean = statistics.fmean(ranks.values())
+        if {*map(type, ranks.values())} != {int}:
+            raise TypeError("ranks are integers")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"--ranks: {config.ranks} has no map from matrices to ranks "
                          f"({type(error).__name__}: {error})") from None
@@ -324,7 +327,7 @@ def run(config: Config, folder: Path) -> dict:
         metrics=log["history"][-1]["metrics"], floor=problem.floor, floor_name=problem.floor_name,
         paper=papers_result(config, recipe), note=problem.note,
         planted_ranks=problem.planted_ranks,
-        adapter_parameters=sum(r * per_rank[name] for name, r in ranks.items()),
+        adapter_parameters=sum(ranks[name] * size for name, size in per_rank.items()),
         trainable_parameters=sum(w.numel() for w in trained(problem.model).values()),
         total_steps=allocator.t, seconds=round(log["seconds"], 1),
         command=shlex.join(["python", "reproduce.py", *sys.argv[1:]]),

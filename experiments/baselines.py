@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 from elalora import RankSchedule
+from experiments import problem as shared
 from experiments.problem import DEVICE, Config, Problem, Recipe
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class LoRA:
 
 
 def without_padding(x: Tensor, mask: Tensor) -> Tensor:
-    """Of texts (texts, tokens, d) the tokens; all of DeBERTa's relative positions (1, p, d)."""
+    """The rows (n, d) of a matrix's input x: of texts, (texts, tokens, d), those of tokens that the
+    mask has; of DeBERTa's relative positions, (1, p, d), all."""
     return x[mask] if x.shape[:2] == mask.shape else x.flatten(0, -2)
 
 
@@ -66,6 +68,8 @@ class EVA(LoRA):
     """
     def __init__(self, problem: Problem, config: Config, recipe: Recipe, schedule: RankSchedule):
         import peft
+        if shared.PROCESSES > 1:
+            raise ValueError("--method eva: its start is computed by one process alone")
         super().__init__(problem, config, recipe, schedule)
         texts = [{**chunk} for batch in itertools.islice(problem.batches(0), 32) for chunk in batch]
         peft.initialize_lora_eva_weights(
@@ -73,7 +77,11 @@ class EVA(LoRA):
             forward_fn=lambda model, text: problem.loss(problem.model, [BatchEncoding(text)]),
             prepare_model_inputs_fn=lambda text, config: text["attention_mask"].bool(),
             prepare_layer_inputs_fn=lambda x, mask, name: without_padding(x[0], mask))
+        self.targets = problem.targets
         self.layers = {n: m for n, m in problem.model.named_modules() if hasattr(m, "lora_A")}
+
+    def ranks(self) -> dict[str, int]:
+        return dict.fromkeys(self.targets, 0) | super().ranks()
 
     def settings(self, rank: int, recipe: Recipe, schedule: RankSchedule,
                  names: dict) -> "peft.LoraConfig":

@@ -105,11 +105,14 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
 def hold_out_sentences(examples: list[dict], phrases: Sequence[str]) -> list[list[dict]]:
     """Splits SST-2's training split: what to train on, 2,000 to choose settings by, 18,000.
 
-    The split has sentences and phrases of these sentences. No held-out phrase is a part of a
-    sentence that is trained on. Sentences are drawn at random, but alike for every seed.
+    The split has sentences and phrases of these sentences. No held-out phrase is part of a sentence
+    that is trained on. (A short phrase of a held-out sentence may be trained on, if it also is part
+    of another sentence.) Sentences are drawn at random, but alike for every seed. Raises ValueError
+    if fewer than twice as many phrases are given as are held out.
     """
     if len(phrases) < 2 * HELD_OUT:
-        raise ValueError(f"sst2_heldout holds out {HELD_OUT:,} phrases; there are {len(phrases):,}")
+        raise ValueError(f"sst2_heldout holds out {HELD_OUT:,} phrases and needs twice as many, "
+                         f"but there are {len(phrases):,}")
     rows: dict[str, list[int]] = {}
     for i, phrase in enumerate(phrases):
         rows.setdefault(" ".join(phrase.split()), []).append(i)

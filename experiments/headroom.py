@@ -53,7 +53,8 @@ def rounded(wanted: dict[str, float], total: int) -> dict[str, int]:
 
 
 def largest(singular_values: dict[str, Tensor], total: int) -> dict[str, int]:
-    """So many ranks, where the singular values are largest: the least error of all allocations."""
+    """So many ranks, where the singular values are largest. This leaves out the least of the
+    updates, in squares, that any allocation can (Eckart and Young)."""
     found = sorted(((float(s), name) for name, S in singular_values.items() for s in S),
                    reverse=True)[:total]
     counts = Counter(name for _, name in found)
@@ -93,7 +94,7 @@ def truncate(folder: Path, map_folder: Path, shuffles: int) -> list[dict]:
     """A row for every allocation that is evaluated: seed, mean rank, its name, metrics."""
     arguments = json.loads((folder / "results.json").read_text())["arguments"]
     config = Config(**arguments)
-    config = replace(config, holdout=config.task == "sst2_heldout")  # 2,000 phrases, not 18,000
+    config = replace(config, holdout=config.task == "sst2_heldout")  # 18,000 phrases take minutes
     problem = glue.problem(config, recipe_of(glue.RECIPES[config.task], config))
     update, rows = learned(folder, problem), []
     weights = {name: problem.model.get_submodule(name).weight for name in update}
@@ -127,6 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    folders = sorted(path.parent for path in args.runs.glob(f"{args.task}-lora-r64-*/results.json"))
+    if not folders:
+        raise ValueError(f"{args.runs} has no LoRA runs of rank 64 of {args.task}")
     for rank in MEAN_RANKS:
         found = consensus(args.maps, rank)
         for times in (2, -2):
@@ -134,7 +138,6 @@ def main(argv: list[str] | None = None) -> None:
                            rank * len(found))
             report.write(args.output_dir / f"{args.task}-r{rank}-dose{times:+}.json",
                          lambda path: path.write_text(json.dumps(dose, indent=1)))
-    folders = sorted(path.parent for path in args.runs.glob(f"{args.task}-lora-*/results.json"))
     rows = [row for folder in folders for row in truncate(folder, args.maps, args.shuffles)]
     command = shlex.join(["python", "-m", "experiments.headroom", *sys.argv[1:]])
     text = json.dumps(dict(task=args.task, command=command, versions=versions(), rows=rows))

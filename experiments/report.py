@@ -1,6 +1,6 @@
 """From results.json to what is read: printed lines and tables. Needs no torch.
 
-    python -m experiments.report results/*/   # writes README.md and the figures of every folder
+    python -m experiments.report results/*/   # README.md and figures of all, and forest.png
 
 A folder of runs of one task gets a README.md: commands, means and standard deviations over seeds,
 differences to one reference, mean ranks, rank correlations. The figures are made by figures.py.
@@ -241,16 +241,22 @@ def contrasts_of(folder: Path, runs: list[dict]) -> tuple[str, dict[str, tuple[s
     """What to subtract from what: heading, and name -> titles of two runs.
 
     contrasts.json, written before the runs, lists pairs of titles without learning rates. Without
-    this file, every other run is subtracted from the reference.
+    this file, every other run is subtracted from the reference. ValueError if a title could be that
+    of several runs.
     """
     titles = [*dict.fromkeys(r["title"] for r in runs)]
     if not (path := folder / "contrasts.json").exists():
         reference = reference_of(runs)
         others = {other: (reference, other) for other in titles if other != reference}
         return f"{reference} minus the other runs", others
-    named = {", ".join(w for w in t.split(", ") if not w.startswith("lr ")): t for t in titles}
-    pairs = [(a, b) for a, b in json.loads(path.read_text()) if a in named and b in named]
-    return ("Contrasts named before the runs, first minus second",
+    named = {}
+    for title in titles:
+        name = ", ".join(word for word in title.split(", ") if not word.startswith("lr "))
+        if named.setdefault(name, title) != title:
+            raise ValueError(f"{path}: {name!r} could be {named[name]!r} or {title!r}")
+    asked = json.loads(path.read_text())
+    pairs = [(a, b) for a, b in asked if a in named and b in named]
+    return (f"{len(pairs)} of {len(asked)} contrasts named before the runs, first minus second",
             {f"{a} − {b}": (named[a], named[b]) for a, b in pairs})
 
 
@@ -429,8 +435,8 @@ def draw(folder: Path, prefix: str, runs: list[dict], rows: pandas.DataFrame, re
 
 
 def forest(folders: list[Path], path: Path) -> None:
-    """The contrasts of all folders that name some, in one picture: losses and residuals of the
-    second minus those of the first, so that to the right the first is better."""
+    """The contrasts of all folders that name some and have a loss, in one picture: the second's
+    loss minus the first's, so that to the right the first is better."""
     from experiments import figures
     panels = {}
     for folder in folders:
@@ -438,12 +444,13 @@ def forest(folders: list[Path], path: Path) -> None:
             continue
         runs = read(folder)
         rows = measured(runs)
-        metric = "loss" if "loss" in rows else next(iter(runs[0]["metrics"]))
+        if "loss" not in rows:
+            continue
         _, contrasts = contrasts_of(folder, runs)
-        found = differences(rows.assign(**{metric: -rows[metric]}), metric, contrasts)
+        found = differences(rows.assign(loss=-rows["loss"]), "loss", contrasts)
         if len(found := found.dropna()):
             task = TASKS.get(runs[0]["task"], runs[0]["task"])
-            panels[f"{task}: {metric} of the second minus that of the first"] = found.rename(
+            panels[f"{task}: loss of the second minus that of the first"] = found.rename(
                 index=lambda name: name.replace(" − ", " against "))
     if panels:
         write(path, lambda path: figures.forest(panels, path))
@@ -530,7 +537,8 @@ def main(folders: list[str]) -> None:
         if any(path for kind in kinds for path in folder.glob(kind)):
             write_page(folder)
             print(folder / "README.md")
-    forest(paths, paths[0].parent / "forest.png")
+    if len(paths) > 1:
+        forest(paths, paths[0].parent / "forest.png")
 
 
 if __name__ == "__main__":

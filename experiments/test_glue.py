@@ -259,7 +259,7 @@ def test_no_held_out_phrase_is_part_of_what_is_trained_on(sentences, data):
         context.setattr(glue, "HELD_OUT", n := len(phrases) // 2)
         context.setattr(glue, "FOR_CHOOSING", 1)
         train, choosing, held = glue.hold_out_sentences(rows, texts)
-        with pytest.raises(ValueError, match=f"holds out {n} phrases; there are {2 * n - 1}"):
+        with pytest.raises(ValueError, match=f"holds out {n} .* but there are {2 * n - 1}"):
             glue.hold_out_sentences(rows[: 2 * n - 1], texts[: 2 * n - 1])
     out = [row["i"] for row in choosing + held]
     assert len(choosing) == 1 and len({*out}) == len(out) == n

@@ -46,11 +46,11 @@ def test_the_largest_singular_values_lose_least(values, data):
 
 @pytest.fixture(scope="module")
 def truncated(tiny, tmp_path_factory):
-    """A LoRA run of rank 8, ElaLoRA runs of ranks 2 and 4, and what headroom.py writes of them."""
+    """A LoRA run of rank 64, ElaLoRA runs of ranks 2 and 4, and what headroom.py writes of them."""
     folder = tmp_path_factory.mktemp("headroom")
     common = [*arguments_of(tiny, "stsb"), "--epochs", "1", "--output-dir", str(folder / "runs")]
     common += ["--set", "batch_size=16", "learning_rate=0.05", "warmup=2", "stabilize=3"]
-    for arguments in (["--method", "lora", "--rank", "8"], ["--rank", "2", "4"]):
+    for arguments in (["--method", "lora", "--rank", "64"], ["--rank", "2", "4"]):
         reproduce.main([*common, "interval=2", *arguments])
     arguments = ["stsb", folder / "runs", "--maps", folder / "runs", "--shuffles", "3"]
     headroom.main([*map(str, arguments), "--output-dir", str(folder / "found")])
@@ -112,6 +112,6 @@ def test_the_page_has_a_row_for_every_way_to_cut(truncated):
     """With the number of evaluations, and a picture."""
     report.main([str(truncated / "found")])
     page = (truncated / "found/README.md").read_text()
-    for row in ("no update, mean rank 0 ", "whole update, mean rank 8 ", "even, mean rank 2 "):
+    for row in ("no update, mean rank 0 ", "whole update, mean rank 64 ", "even, mean rank 2 "):
         assert f"| {row}" in page
     assert (truncated / "found/truncated.png").exists()

@@ -229,12 +229,12 @@ def test_every_method_and_setting_has_a_name_for_people():
 MATRICES = [f"layer.{i}.{matrix}" for i in range(3) for matrix in "abc"]
 
 
-def write_run(folder, arguments, random, mean=0.5):
+def write_run(folder, arguments, random, mean=0.5, **metrics):
     """A run's results.json, of random numbers; returns what is in it."""
     moves = arguments["method"] == "elalora"
     results = dict(
         task="mrpc", method=arguments["method"], rank=arguments["rank"], seed=arguments["seed"],
-        metrics=dict(accuracy=mean + random.normal() / 100), arguments=arguments,
+        metrics=dict(accuracy=mean + random.normal() / 100, **metrics), arguments=arguments,
         adapter_parameters=1234, trainable_parameters=2345, total_steps=40, seconds=90.0,
         ranks=dict(zip(MATRICES, (random.permutation(9) ** 2).tolist())),
         adjustments=[dict(step=8, pruned={MATRICES[0]: [3]}, expanded={MATRICES[0]: 1})] *
@@ -399,29 +399,32 @@ def test_the_forest_draws_every_difference_with_its_interval(tmp_path, monkeypat
 
 
 def test_named_contrasts_are_the_only_ones_tested(tmp_path, monkeypatch):
-    """They are named without learning rates, and their picture has the second minus the first:
-    what is lower is better."""
+    """They are named without learning rates, and their picture has the second's loss minus the
+    first's. A name of two runs is refused."""
     random, panels = np.random.default_rng(0), []
-    runs = [
-        write_run(tmp_path, arguments(method, seed=seed, set=[f"learning_rate={rate}"]), random)
-        for method, rate in dict(elalora="8e-3", svd="8e-3", lora="1e-3").items()
-        for seed in range(5)
-    ]
+    losses = {}
+    for method, rate in dict(elalora="8e-3", svd="8e-3", lora="1e-3").items():
+        for seed in range(5):
+            asked = arguments(method, seed=seed, set=[f"learning_rate={rate}"])
+            results = write_run(tmp_path, asked, random, loss=random.random())
+            losses.setdefault(method, []).append(results["metrics"]["loss"])
     names = [["LoRA", "even ranks"], ["ElaLoRA", "even ranks"], ["ElaLoRA", "EVA"]]
     (tmp_path / "contrasts.json").write_text(json.dumps(names))
     report.compare(tmp_path)
     tables = tables_of((tmp_path / "README.md").read_text())
-    found = [table for heading, table in tables.items() if heading.startswith("Contrasts named")]
+    heading = "2 of 3 contrasts named before the runs"
+    found = [table for name, table in tables.items() if name.startswith(heading)]
     assert found and not any("minus the other runs" in heading for heading in tables)
     for table in found:
         assert [*table] == ["LoRA − even ranks", "ElaLoRA − even ranks"]
     monkeypatch.setattr(figures, "forest", lambda found, path: panels.append(found) or path.touch())
     report.forest([tmp_path], tmp_path / "forest.png")
-    ((metric, *_),) = {tuple(r["metrics"]) for r in runs}
     (table,) = panels[0].values()
-    values = {m: [r["metrics"][metric] for r in runs if r["method"] == m] for m in ("lora", "svd")}
-    expected = np.mean(values["svd"]) - np.mean(values["lora"])
+    expected = np.mean(losses["svd"]) - np.mean(losses["lora"])
     assert table.loc["LoRA against even ranks", "mean"] == pytest.approx(expected)
+    write_run(tmp_path, arguments("lora", set=["learning_rate=2e-3"]), random)
+    with pytest.raises(ValueError, match="'LoRA' could be 'LoRA, lr 1e-3' or 'LoRA, lr 2e-3'"):
+        report.compare(tmp_path)
 
 
 def test_a_single_run_has_a_page_and_is_compared_with_nothing(tmp_path):
@@ -438,7 +441,7 @@ def test_the_command_makes_every_page_and_the_picture_of_all_differences(tmp_pat
     random = np.random.default_rng(0)
     for name, method in itertools.product("xy", ("elalora", "svd", "lora")):
         for seed in range(5):
-            write_run(tmp_path / name, arguments(method, seed=seed), random)
+            write_run(tmp_path / name, arguments(method, seed=seed), random, loss=random.random())
     (tmp_path / "x/contrasts.json").write_text('[["ElaLoRA", "LoRA"]]')
     write_run(tmp_path / "z", arguments("lora"), random)
     report.main([str(tmp_path / name) for name in "xyz"])

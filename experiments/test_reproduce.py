@@ -428,6 +428,7 @@ def test_a_file_of_ranks_takes_the_place_of_even_ones(small_planted, tmp_path, r
     assert "--ranks is for --method svd alone" in refusal("--ranks", "map.json")
     for content, message in (
         ([1], "bad.json has no map"),
+        (dict.fromkeys(ranks, 4.0), "bad.json has no map"),
         (ranks | {"x": 4}, "a rank map of others: ['x']"),
         (dict.fromkeys(ranks, 3), "has a mean of 3, --rank 4"),
     ):

@@ -167,7 +167,7 @@ def test_a_run_reports_the_accuracy_of_the_adapter_that_it_wrote(given, capsys):
         right = sum(a == split[i]["labels"] for i, a in enumerate(guesses))
         assert results["metrics"][f"{prefix}accuracy"] == right / len(split)
         assert results["metrics"][f"{prefix}loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    assert outputs == dict(prediction=guesses, loss=pytest.approx(losses, rel=1e-4))
+    assert outputs == dict(prediction=guesses, loss=pytest.approx(losses, rel=1e-3))
 
 
 def test_held_out_runs_do_not_see_the_test_images(given):
