@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "shuffled: like final, with these ranks shuffled over the matrices\n"
         "lora, adalora: PEFT's\n"
         "eva: PEFT's LoRA whose ranks are chosen by the data before training; GLUE and XSum")
-    add("--ranks", metavar="FILE", 
+    add("--ranks", metavar="FILE",
         help="a map from matrices to ranks in JSON, or a run's results.json: svd has\n"
         "these ranks in place of even ones; --rank is then their mean")
     add("--targets", nargs="+", default=[""], metavar="NAME",

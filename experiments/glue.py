@@ -195,13 +195,13 @@ def problem(config: Config, recipe: Recipe) -> Problem:
     outputs: dict[str, Sequence] = {}
 
     def evaluate(last: bool) -> dict[str, float]:
+        found, means = [], {}
         for dev, suffix in zip(devs, suffixes):
-            found = predictions(dev, EVALUATION_BATCH, predict, pad, config)
-            outputs[f"prediction{suffix}"], outputs[f"loss{suffix}"] = zip(*found)
-        guess, losses = ([x for name, x in outputs.items() if name.startswith(start)]
-                         for start in ("prediction", "loss"))
-        return metrics(guess) | {
-            f"loss{suffix}": statistics.fmean(x) for x, suffix in zip(losses, suffixes)}
+            guess, losses = zip(*predictions(dev, EVALUATION_BATCH, predict, pad, config))
+            found.append(guess)
+            outputs.update({f"prediction{suffix}": guess, f"loss{suffix}": losses})
+            means[f"loss{suffix}"] = statistics.fmean(losses)
+        return metrics(found) | means
 
     majority = statistics.mode(row["labels"] for row in train)
     return Problem(

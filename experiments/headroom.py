@@ -90,8 +90,9 @@ def learned(folder: Path, problem: Problem) -> dict[str, tuple[Tensor, Tensor, T
 
 
 @torch.no_grad()
-def truncate(folder: Path, map_folder: Path, shuffles: int) -> list[dict]:
-    """A row for every allocation that is evaluated: seed, mean rank, its name, metrics."""
+def truncate(folder: Path, found: dict[int, dict[str, float]], shuffles: int) -> list[dict]:
+    """A row for every allocation that is evaluated: seed, mean rank, its name, metrics. found has
+    ElaLoRA's map for each mean rank."""
     arguments = json.loads((folder / "results.json").read_text())["arguments"]
     config = Config(**arguments)
     config = replace(config, holdout=config.task == "sst2_heldout")  # 18,000 phrases take minutes
@@ -110,9 +111,9 @@ def truncate(folder: Path, map_folder: Path, shuffles: int) -> list[dict]:
 
     evaluate(0, "no update", dict.fromkeys(update, 0))
     evaluate(config.rank, "whole update", dict.fromkeys(update, config.rank))
-    for rank in MEAN_RANKS:
-        for name, ranks in maps({name: S for name, (_, S, _) in update.items()},
-                                consensus(map_folder, rank), rank, shuffles, config.seed):
+    singular_values = {name: S for name, (_, S, _) in update.items()}
+    for rank, elalora in found.items():
+        for name, ranks in maps(singular_values, elalora, rank, shuffles, config.seed):
             evaluate(rank, name, ranks)
     return rows
 
@@ -131,14 +132,14 @@ def main(argv: list[str] | None = None) -> None:
     folders = sorted(path.parent for path in args.runs.glob(f"{args.task}-lora-r64-*/results.json"))
     if not folders:
         raise ValueError(f"{args.runs} has no LoRA runs of rank 64 of {args.task}")
-    for rank in MEAN_RANKS:
-        found = consensus(args.maps, rank)
+    found = {rank: consensus(args.maps, rank) for rank in MEAN_RANKS}
+    for rank, elalora in found.items():
         for times in (2, -2):
-            dose = rounded({n: rank + times * (x - rank) for n, x in found.items()},
-                           rank * len(found))
+            dose = rounded({n: rank + times * (x - rank) for n, x in elalora.items()},
+                           rank * len(elalora))
             report.write(args.output_dir / f"{args.task}-r{rank}-dose{times:+}.json",
                          lambda path: path.write_text(json.dumps(dose, indent=1)))
-    rows = [row for folder in folders for row in truncate(folder, args.maps, args.shuffles)]
+    rows = [row for folder in folders for row in truncate(folder, found, args.shuffles)]
     command = shlex.join(["python", "-m", "experiments.headroom", *sys.argv[1:]])
     text = json.dumps(dict(task=args.task, command=command, versions=versions(), rows=rows))
     report.write(args.output_dir / f"{args.task}-truncated.json",

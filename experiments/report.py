@@ -480,9 +480,9 @@ def costs(folder: Path) -> str:
 def truncations(folder: Path) -> str:
     """Writes README.md and truncated.png of what headroom.py measured, returns the tables."""
     from experiments import figures
-    found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*-truncated.json"))}
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*-truncated.json"))]
     rows = pandas.concat([pandas.DataFrame(x["rows"]).assign(task=TASKS.get(x["task"], x["task"]))
-                          for x in found.values()])
+                          for x in found])
     tables = {}
     for task, of_task in rows.groupby("task"):
         of_task = of_task.drop(columns="task").dropna(axis="columns")
@@ -494,10 +494,9 @@ def truncations(folder: Path) -> str:
         tables[task] = table.assign(evaluations=[str(n) for n in counts])
     text = "\n\n".join(f"## {task}\n\n{table.to_markdown(disable_numparse=True)}"
                        for task, table in tables.items())
-    hardware = hardware_of(found.values())
-    commands = "\n".join(sorted(x["command"] for x in found.values()))
+    commands = "\n".join(sorted(x["command"] for x in found))
     write(folder / "README.md", lambda path: path.write_text(TRUNCATED.format(
-        mark=MARK, folder=folder.name, commands=commands, hardware=hardware, text=text)))
+        mark=MARK, folder=folder.name, commands=commands, hardware=hardware_of(found), text=text)))
     write(folder / "truncated.png", lambda path: figures.strips(rows, path))
     return text
 
