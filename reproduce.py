@@ -373,6 +373,8 @@ def earlier(config: Config, folder: Path, resume: bool) -> dict | None:
     try:
         results = json.loads(path.read_text())
         check_arguments(results["arguments"], config)
+        if config.ranks and results["ranks"] != read_ranks(config):
+            raise ValueError(f"{config.ranks} had other ranks when this run was made")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}; delete it or take another --output-dir") from None
     return results

@@ -27,8 +27,6 @@ from torch import Tensor
 from experiments import glue, report
 from experiments.problem import Config, Problem, recipe_of, versions
 
-MEAN_RANKS = (2, 4)
-
 
 def consensus(folder: Path, rank: int) -> dict[str, float]:
     """The mean final ranks over the seeds of a folder's ElaLoRA runs of this rank, by matrix."""
@@ -124,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("task", choices=[*glue.TASKS])
     parser.add_argument("runs", type=Path, help="folder with LoRA runs of the task")
     parser.add_argument("--maps", type=Path, required=True, help="folder with ElaLoRA runs")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4], help="mean ranks")
     parser.add_argument("--shuffles", type=int, default=17, help="for each run and mean rank")
     parser.add_argument("--output-dir", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -132,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     folders = sorted(path.parent for path in args.runs.glob(f"{args.task}-lora-r64-*/results.json"))
     if not folders:
         raise ValueError(f"{args.runs} has no LoRA runs of rank 64 of {args.task}")
-    found = {rank: consensus(args.maps, rank) for rank in MEAN_RANKS}
+    found = {rank: consensus(args.maps, rank) for rank in args.ranks}
     for rank, elalora in found.items():
         for times in (2, -2):
             dose = rounded({n: rank + times * (x - rank) for n, x in elalora.items()},

@@ -414,8 +414,8 @@ def test_final_and_shuffled_train_at_the_ranks_that_elalora_found(
 
 
 def test_a_file_of_ranks_takes_the_place_of_even_ones(small_planted, tmp_path, refusal):
-    """A map, or the results of a run. What has no map, another mean or other matrices is refused.
-    """
+    """A map, or the results of a run. What has no map, another mean, other matrices, or not the
+    ranks that a finished run had, is refused."""
     reproduce.main([])
     (results,) = tmp_path.glob("runs/*/results.json")
     ranks = results_of(results.parent)["ranks"]
@@ -434,6 +434,8 @@ def test_a_file_of_ranks_takes_the_place_of_even_ones(small_planted, tmp_path, r
     ):
         Path("bad.json").write_text(json.dumps(content))
         assert message in refusal("--method", "svd", "--ranks", "bad.json")
+    Path("map.json").write_text(json.dumps(dict.fromkeys(ranks, 4)))
+    assert "map.json had other ranks" in refusal("--method", "svd", "--ranks", "map.json")
 
 
 # ---- Killed, interrupted, broken ----
