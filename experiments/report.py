@@ -450,8 +450,8 @@ def forest(folders: list[Path], path: Path) -> None:
         found = differences(rows.assign(loss=-rows["loss"]), "loss", contrasts)
         if len(found := found.dropna()):
             task = TASKS.get(runs[0]["task"], runs[0]["task"])
-            panels[f"{task}: loss of the second minus that of the first"] = found.rename(
-                index=lambda name: name.replace(" − ", " against "))
+            panels[f"{task} ({folder.name}): loss of the second minus that of the first"] = (
+                found.rename(index=lambda name: name.replace(" − ", " against ")))
     if panels:
         write(path, lambda path: figures.forest(panels, path))
 

@@ -436,15 +436,20 @@ def test_a_single_run_has_a_page_and_is_compared_with_nothing(tmp_path):
     assert not any(table for heading, table in tables.items() if "minus" in heading)
 
 
-def test_the_command_makes_every_page_and_the_picture_of_all_differences(tmp_path, capsys):
-    """The picture has a part for each folder that names contrasts."""
-    random = np.random.default_rng(0)
+def test_the_command_makes_every_page_and_the_picture_of_all_differences(
+        tmp_path, capsys, monkeypatch):
+    """The picture has a part for each folder that names contrasts, also of the same task."""
+    random, drawn, draw = np.random.default_rng(0), [], figures.forest
+    monkeypatch.setattr(
+        figures, "forest", lambda found, path: drawn.append(found) or draw(found, path))
     for name, method in itertools.product("xy", ("elalora", "svd", "lora")):
         for seed in range(5):
             write_run(tmp_path / name, arguments(method, seed=seed), random, loss=random.random())
-    (tmp_path / "x/contrasts.json").write_text('[["ElaLoRA", "LoRA"]]')
+    for name in "xy":
+        (tmp_path / name / "contrasts.json").write_text('[["ElaLoRA", "LoRA"]]')
     write_run(tmp_path / "z", arguments("lora"), random)
     report.main([str(tmp_path / name) for name in "xyz"])
     pages = [tmp_path / name / "README.md" for name in "xyz"]
     assert capsys.readouterr().out.split() == [*map(str, pages)] and all(map(Path.exists, pages))
+    assert [title.split(")")[0][-1] for title in drawn[0]] == ["x", "y"]
     assert (tmp_path / "forest.png").read_bytes()[1:4] == b"PNG"
