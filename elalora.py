@@ -4,10 +4,10 @@
 
 A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. While the model trains,
 every rank (a column of P, its singular value, its row of Q) gets a score: its smoothed sensitivity
-times the uncertainty of that sensitivity. At scheduled steps the b least important ranks of all
-matrices are pruned, and b ranks are added where even the weakest rank matters. The sum of all ranks
-never changes. The file depends only on torch (>= 2.11) and Python >= 3.11; export_peft also needs
-safetensors.
+times the uncertainty of that sensitivity. At scheduled steps up to b ranks are pruned, the least
+important of all matrices, and as many are added where even the weakest rank matters. The sum of all
+ranks never changes. The file depends only on torch (>= 2.11) and Python >= 3.11; export_peft also
+needs safetensors.
 
     inject(model, ["query", "value"], rank=4, modules_to_save=["classifier"])
     weights = [w for w in model.parameters() if w.requires_grad]
@@ -38,7 +38,7 @@ I_bar, U_bar    I-bar, U-bar    as P, Lambda or Q   sensitivity and uncertainty 
 importance      S_i             (r,)                score of every rank, eq. 2
 progress        P               0 to 1              share of the search that is done, eq. 4
 budget(t)       b^(t)           integer             ranks to prune and to add at step t, eq. 5
-k               k               integer             most losses plus gains of a matrix at a time
+k               k               integer             ranks pruned plus added per matrix, at most
 """
 
 import copy

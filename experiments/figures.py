@@ -98,7 +98,7 @@ def forest(panels: dict[str, pandas.DataFrame], path: Path) -> None:
     true difference within the grey box would probably have gone unseen.
     """
     sizes = [*map(len, panels.values())]
-    figure, axes = new(len(panels), 1, height=0.8 * len(panels) + 0.26 * sum(sizes),
+    figure, axes = new(len(panels), 1, height=0.8 * len(panels) + 0.32 * sum(sizes),
                        height_ratios=sizes)
     for axis, (name, table) in zip(axes, panels.items()):
         for y, (_, row) in enumerate(table[::-1].iterrows()):
@@ -108,7 +108,9 @@ def forest(panels: dict[str, pandas.DataFrame], path: Path) -> None:
             axis.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2)
             axis.plot(row["mean"], y, marker="o", color=color)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(table)), [*table.index[::-1]])
+        axis.set_yticks(range(len(table)), [
+            label.replace(" against ", "\nagainst " if len(label) > 40 else " against ")
+            for label in table.index[::-1]], fontsize=9)
         axis.set_title(name, loc="left", fontsize=10)
     axes[-1].set_xlabel(
         "right of 0 the first is better; grey box: true differences that would probably go unseen")
