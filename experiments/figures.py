@@ -108,9 +108,7 @@ def forest(panels: dict[str, pandas.DataFrame], path: Path) -> None:
             axis.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2)
             axis.plot(row["mean"], y, marker="o", color=color)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(table)), [
-            label.replace(" against ", "\nagainst " if len(label) > 40 else " against ")
-            for label in table.index[::-1]], fontsize=9)
+        axis.set_yticks(range(len(table)), [*table.index[::-1]], fontsize=9)
         axis.set_title(name, loc="left", fontsize=10)
     axes[-1].set_xlabel(
         "right of 0 the first is better; grey box: true differences that would probably go unseen")

@@ -451,7 +451,8 @@ def forest(folders: list[Path], path: Path) -> None:
         if len(found := found.dropna()):
             task = TASKS.get(runs[0]["task"], runs[0]["task"])
             panels[f"{task} ({folder.name}): loss of the second minus that of the first"] = (
-                found.rename(index=lambda name: name.replace(" − ", " against ")))
+                found.rename(index=lambda name: name.replace(
+                    " − ", "\nagainst " if len(name) > 34 else " against ")))  # two lines if long
     if panels:
         write(path, lambda path: figures.forest(panels, path))
 

@@ -451,5 +451,5 @@ def test_the_command_makes_every_page_and_the_picture_of_all_differences(
     report.main([str(tmp_path / name) for name in "xyz"])
     pages = [tmp_path / name / "README.md" for name in "xyz"]
     assert capsys.readouterr().out.split() == [*map(str, pages)] and all(map(Path.exists, pages))
-    assert [title.split(")")[0][-1] for title in drawn[0]] == ["x", "y"]
+    assert [title.partition(":")[0][-3:] for title in drawn[0]] == ["(x)", "(y)"]
     assert (tmp_path / "forest.png").read_bytes()[1:4] == b"PNG"
