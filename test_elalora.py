@@ -8,6 +8,7 @@ is a GPU, `pytest test_elalora.py` proves them on it.
 
 import ast
 import copy
+import dataclasses
 import io
 import itertools
 import json
@@ -35,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import elalora
-from elalora import (RANK_DIM, Adjustment, RankAllocator, RankSchedule, SVDLinear,
+from elalora import (RANK_DIM, SHAPES, Adjustment, RankAllocator, RankSchedule, SVDLinear,
                      adapter_state_dict, adapters_disabled, export_peft, gram_schmidt, inject,
                      load_adapter_state_dict, merge, orthogonality_penalty, resize, select)
 
@@ -282,12 +283,15 @@ def test_elalora_needs_torch_alone():
 @given(st.integers(1, 7), st.integers(1, 7), st.data(), seeds)
 @settings(max_examples=25)
 def test_the_layer_computes_its_formula(d_out, d_in, data, seed):
-    """For x of any shape, y = W0 x + bias + scaling P (Lambda * (Q x)), with its gradients."""
+    """For x of any shape, y = W0 x + bias + scaling P (Lambda * (Q x)), with its gradients. At first it is the
+    base's bit for bit, and R(P, Q) = 0. Dropout acts on x before Q alone."""
     rank = data.draw(st.integers(1, min(d_out, d_in)))
     shape = data.draw(st.sampled_from([(), (4,), (2, 3), (0,), (2, 1, 3)]))
     torch.manual_seed(seed)
-    layer = randomized(SVDLinear(nn.Linear(d_in, d_out), rank, alpha=3.0)).double()
+    layer = SVDLinear(nn.Linear(d_in, d_out), rank, alpha=3.0, dropout=0.5).double()
     x = torch.randn(*shape, d_in, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(layer(x), layer.base_layer(x)) and orthogonality_penalty(layer) < 1e-10
+    randomized(layer).eval()
     P, Lambda, Q = map(array, factors(layer))
     W, bias = array(layer.base_layer.weight), array(layer.base_layer.bias)
     delta = np.float32(3.0 / rank) * P @ np.diag(Lambda) @ Q
@@ -295,36 +299,30 @@ def test_the_layer_computes_its_formula(d_out, d_in, data, seed):
     np.testing.assert_allclose(array(layer.delta_weight()), delta, atol=1e-9)
     np.testing.assert_allclose(array(layer.weight), W + delta, atol=1e-9)
     assert torch.autograd.gradcheck(lambda *_: layer(x), (x, *factors(layer)))
-    assert torch.autograd.gradcheck(lambda *_: layer.weight, factors(layer))
-
-
-@given(st.integers(1, 5), seeds)
-@settings(max_examples=15)
-def test_a_layer_starts_orthonormal_and_as_its_base(rank, seed):
-    """At first P'P = QQ' = I, R(P, Q) = 0, and the output is the base's bit for bit."""
     torch.manual_seed(seed)
-    layer = SVDLinear(nn.Linear(6, 5), rank)
-    for columns in (layer.P, layer.Q.T):
-        assert_orthonormal_to(array(columns[:, :0]), array(columns))
-    assert orthogonality_penalty(layer).item() < 1e-10
-    assert layer.scaling.item() == pytest.approx(16 / rank)
-    x = torch.randn(3, 6)
-    assert torch.equal(layer(x), layer.base_layer(x))
+    y = layer.train()(x)
+    torch.manual_seed(seed)
+    dropped = array(nn.functional.dropout(x, 0.5))  # none of what the base gets
+    np.testing.assert_allclose(array(y), array(x) @ W.T + bias + dropped @ delta.T, atol=1e-9)
+    assert torch.autograd.gradcheck(lambda *_: layer.weight, factors(layer))
 
 
 @given(rank_lists, rank_lists, st.integers(0, 3), seeds)
 @settings(max_examples=15)
 def test_the_seed_and_its_name_decide_where_a_matrix_starts(ranks, others, first, seed):
     """Other ranks and other targets change neither its first ranks nor what is drawn next; another
-    seed does, and no two matrices start alike."""
+    seed does, and no two matrices start alike. All have the scaling alpha / mean rank."""
 
     def start(ranks, seed):
-        layers = adapted_layers(inject(Net(seed), [*ranks], ranks))
+        layers = adapted_layers(inject(Net(seed), [*ranks], ranks, alpha=8.0, dropout=0.25))
         return {name: layer.P.T for name, layer in layers.items()}, layers, torch.rand(())
 
     P, layers, drawn = start(dict(zip(ADAPTED, ranks)), seed)
     fewer, same_layers, same = start(dict(zip(ADAPTED[first:], others)), seed)
     assert drawn == same and [*fewer] == ADAPTED[first:]
+    for layer, rank in zip(layers.values(), ranks):
+        assert (layer.rank, layer.dropout.p) == (rank, 0.25)
+        assert layer.scaling.item() == pytest.approx(8.0 / np.mean(ranks))
     for name, rank in zip(ADAPTED[first:], map(min, ranks[first:], others)):
         torch.testing.assert_close(fewer[name][:rank], P[name][:rank])
         torch.testing.assert_close(same_layers[name].Q[:rank], layers[name].Q[:rank])
@@ -335,15 +333,14 @@ def test_the_seed_and_its_name_decide_where_a_matrix_starts(ranks, others, first
 
 def test_the_default_device_does_not_matter():
     """Factors and new ranks are drawn on the CPU and live where their base does."""
-    base = nn.Linear(6, 5)
-    expected = SVDLinear(base, 2, generator=torch.Generator("cpu"))
-    with torch.device("meta"):
-        layer = SVDLinear(base, 2, generator=torch.Generator("cpu"))
-        resize(layer, [0, 1], 2, torch.Generator("cpu"), {})
-        meta = SVDLinear(nn.Linear(6, 5), 2)
-        assert meta.P.is_meta and meta.scaling.is_meta and orthogonality_penalty(meta).is_meta
-    resize(expected, [0, 1], 2, torch.Generator("cpu"), {})
-    assert_same(layer.state_dict(), expected.state_dict())
+    base, layers = nn.Linear(6, 5), []
+    for place in ("meta", torch.get_default_device()):
+        with torch.device(place):
+            layers += [SVDLinear(base, 2, generator=torch.Generator("cpu"))]
+            resize(layers[-1], [0, 1], 2, torch.Generator("cpu"), {})
+    assert_same(*(layer.state_dict() for layer in layers))
+    meta = SVDLinear(nn.Linear(6, 5, device="meta"), 2)
+    assert meta.P.is_meta and meta.scaling.is_meta and orthogonality_penalty(meta).is_meta
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -363,18 +360,6 @@ def test_factors_are_float32_and_the_output_has_the_dtype_of_the_bases(dtype, au
     np.testing.assert_allclose(array(y - layer.base_layer.bias), expected, rtol=0.1, atol=0.5)
 
 
-def test_dropout_acts_on_the_input_of_the_update_alone():
-    """In training, some elements of x are dropped before Q but none before the base."""
-    layer = randomized(inject(nn.Sequential(nn.Linear(6, 5)), ["0"], 2, dropout=0.5))[0]
-    x = torch.randn(3, 6)
-    torch.manual_seed(1)
-    y = layer(x)
-    torch.manual_seed(1)
-    dropped = nn.functional.dropout(x, 0.5)
-    torch.testing.assert_close(y, layer.base_layer(x) + dropped @ layer.delta_weight().T)
-    torch.testing.assert_close(layer.eval()(x), layer.base_layer(x) + x @ layer.delta_weight().T)
-
-
 # ---- Section 3.1: what reads a weight in place of calling the layer ----
 class Reader(nn.Module):
     """Computes with a weight and a bias, as Mamba does. Reads a dtype and then calls, as T5."""
@@ -388,14 +373,9 @@ class Reader(nn.Module):
         return self.wo(x.to(self.wo.weight.dtype))
 
 
-class Attention(nn.MultiheadAttention):
-    def forward(self, x):
-        return super().forward(x, x, x, need_weights=False)[0]
-
-
 PARENTS = {
     "reader": (Reader, ["dt_proj", "wo"]),
-    "attention": (lambda: Attention(6, 2, batch_first=True), ["out_proj"]),
+    "attention": (lambda: nn.MultiheadAttention(6, 2, batch_first=True), ["out_proj"]),
     "encoder": (lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True),
                 ["out_proj", "linear1", "linear2"]),
 }
@@ -407,18 +387,19 @@ def test_a_weight_that_is_read_is_the_merged_one(parent, names, train):
     """Output and gradients are those of the merged model, in the fast path of inference, too."""
     model = randomized(inject(parent(), names, 2)).train(train)
     merged = merge(copy.deepcopy(model)).requires_grad_(True)
-    x = torch.randn(2, 3, 6)
+    arguments = [torch.randn(2, 3, 6)] * (3 if "attention" in type(model).__name__.lower() else 1)
+    output = lambda model: torch.hstack([*model(*arguments)[:1]])
     with torch.no_grad():  # where TransformerEncoderLayer has its fast path
-        torch.testing.assert_close(model(x), merged(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output(model), output(merged), rtol=1e-4, atol=1e-5)
         with adapters_disabled(model):
-            assert (model(x) - merged(x)).abs().max() > 1e-2
-    model(x).square().sum().backward()
-    merged(x).square().sum().backward()
+            assert (output(model) - output(merged)).abs().max() > 1e-2
+    output(model).square().sum().backward()
+    output(merged).square().sum().backward()
     for name, layer in adapted_layers(model).items():
         dW = merged.get_submodule(name).weight.grad
         expected = torch.autograd.grad(layer.delta_weight(), factors(layer), dW)
-        for w, gradient in zip(factors(layer), expected):
-            torch.testing.assert_close(w.grad, gradient, rtol=1e-3, atol=1e-4)
+        got = [w.grad for w in factors(layer)]
+        torch.testing.assert_close(got, [*expected], rtol=1e-3, atol=1e-4)
 
 
 class Quantized(nn.Linear):
@@ -484,47 +465,25 @@ class Conv1D(nn.Module):
 
 def test_a_conv1d_is_adapted_as_the_linear_layer_that_it_is():
     """Its weight is (d_in, d_out); the factors, the update and merging are those of nn.Linear."""
-    conv, linear, outputs = Conv1D(5, 7), nn.Linear(7, 5), []
+    conv, linear, x = Conv1D(5, 7), nn.Linear(7, 5), torch.randn(3, 7)
     linear.weight, linear.bias = nn.Parameter(conv.weight.data.T.clone()), conv.bias
-    x = torch.randn(3, 7)
-    for base in (conv, linear):
-        layer, other = randomized(SVDLinear(base, 2)), SVDLinear(copy.deepcopy(base), 1)
+    layers = [randomized(SVDLinear(base, 2)) for base in (conv, linear)]
+    for layer in layers:
         resize(layer, [1], 4, torch.Generator("cpu"), {})
-        layer.Lambda.data += 1
-        load_adapter_state_dict(other, adapter_state_dict(layer))
-        y = layer(x)
-        assert layer.weight.shape == base.weight.shape and type(merge(other)) is type(base)
-        outputs += [y, layer.P, layer.Q, other(x), other.base_layer(x), merge(layer)(x)]
-    torch.testing.assert_close(outputs[:6], outputs[6:])
-    torch.testing.assert_close([outputs[0]] * 3, outputs[3:6])
+        load_adapter_state_dict(other := SVDLinear(conv, 1), adapter_state_dict(layer))
+        torch.testing.assert_close(other(x), layer(x))
+    torch.testing.assert_close(layers[0].weight.T, layers[1].weight)
+    torch.testing.assert_close(*(layer(x) for layer in layers))
+    assert merge(layers[0]) is conv
+    torch.testing.assert_close(conv(x), layers[1](x))
 
 
 # ---- Section 3.1: inject ----
-@pytest.mark.parametrize("frozen_before", [False, True])
-def test_adapters_and_saved_modules_alone_are_trained(frozen_before):
-    """After inject() exactly P, Lambda, Q and the modules to save need gradients."""
-    model = Net().requires_grad_(not frozen_before)
-    assert inject(model, ["query", "dense"], 2, modules_to_save=["head"]) is model
-    names = {name for name, w in model.named_parameters() if w.requires_grad}
-    expected = {f"{name}.{factor}" for name in ADAPTED for factor in RANK_DIM}
-    assert names == expected | {"head.weight", "head.bias"}
-
-
 def test_names_match_by_whole_components_from_the_right():
     """`0.dense` matches `layers.0.dense`, and `k` matches neither `block` nor `xk`."""
     assert list(adapted_layers(inject(Net(), ["0.dense"], 2))) == ["layers.0.dense"]
     model = nn.ModuleDict({"k": nn.Linear(3, 3), "block": nn.Linear(3, 3), "xk": nn.Linear(3, 3)})
     assert list(adapted_layers(inject(model, ["k"], 1))) == ["k"]
-
-
-@given(rank_lists)
-@settings(max_examples=10)
-def test_a_rank_map_sets_ranks_and_one_scaling(ranks):
-    """Each matrix gets its rank of the map, and all get the scaling alpha / mean rank."""
-    model = adapted_net(dict(zip(ADAPTED, ranks)), alpha=8.0)
-    for layer in adapted_layers(model).values():
-        assert layer.scaling.item() == pytest.approx(8.0 / np.mean(ranks))
-    assert training(model)[1].ranks() == dict(zip(ADAPTED, ranks))  # a map that inject() takes
 
 
 def twice():
@@ -570,16 +529,16 @@ def process_group():
 
 
 @cpu_only
-@pytest.mark.parametrize("when", ["never", "before inject", "after inject"])
-def test_a_base_may_be_sharded_but_no_adapter(when, process_group):
+@pytest.mark.parametrize("before", [False, True])
+def test_a_base_may_be_sharded_but_no_adapter(before, process_group):
     """FSDP 2 of what is frozen trains as a whole model does; of what is trained it is refused."""
-    from torch.distributed import fsdp
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    model, whole = Net(), adapted_net()
-    if when == "before inject":
+    from torch.distributed import device_mesh, fsdp
+    mesh = device_mesh.init_device_mesh("cpu", (1,))
+    whole, model = adapted_net(), Net()
+    if before:
         fsdp.fully_shard(model, mesh=mesh, ignored_params={*model.head.parameters()})
     inject(model, ["query", "dense"], 2, modules_to_save=["head"])
-    if when == "after inject":
+    if not before:
         fsdp.fully_shard(model, mesh=mesh, ignored_params={*trainable(model)})
     for net in (model, whole):
         optimizer = torch.optim.AdamW(trainable(net), 0.05)
@@ -591,19 +550,18 @@ def test_a_base_may_be_sharded_but_no_adapter(when, process_group):
             optimizer.zero_grad()
     state = adapter_state_dict(whole)
     assert_same(adapter_state_dict(model), state)
-    if when != "never":
-        assert hasattr(model.layers[0].query.base_layer.weight, "to_local")
-        assert model.layers[0].query.weight.dtype == torch.float32
-        with pytest.raises(ValueError, match="quantized, sharded, parametrized"):
-            merge(model)
-        return
-    load = lambda model: load_adapter_state_dict(model, state)
-    for sharded in (adapted_net(), adapted_net()):
-        for function in (training, adapter_state_dict, orthogonality_penalty, merge, load):
-            fsdp.fully_shard(sharded.head, mesh=mesh)
+    weight = model.layers[0].query.weight
+    assert hasattr(model.layers[0].query.base_layer.weight, "to_local")
+    assert (weight.shape, weight.dtype) == ((5, 6), torch.float32)
+    with pytest.raises(ValueError, match="quantized, sharded, parametrized"):
+        merge(model)
+    fsdp.fully_shard((head := adapted_net()).head, mesh=mesh)
+    fsdp.fully_shard(model := adapted_net(), mesh=mesh)
+    for function in (training, adapter_state_dict, orthogonality_penalty, merge,
+                     lambda net: load_adapter_state_dict(net, state)):
+        for net in (model, head)[: 2 if function in (training, adapter_state_dict) else 1]:
             with pytest.raises(ValueError, match="a trained parameter is sharded; .*ignored_params="):
-                function(sharded)
-            fsdp.fully_shard(sharded, mesh=mesh) if function is adapter_state_dict else None
+                function(net)
 
 
 # ---- Section 3.1: the penalty ----
@@ -723,33 +681,12 @@ def test_seed_step_and_name_alone_decide_new_directions():
         for step in range(steps):
             torch.manual_seed(users_seed)
             stream = torch.get_rng_state()
-            adjustment = adjusted(model, optimizer, allocator, step)
+            grown = adjusted(model, optimizer, allocator, step).expanded
             assert torch.equal(stream, torch.get_rng_state())
-        state = adapter_state_dict(model)
-        return {name: state[f"{name}.P"][:, -1] for name in adjustment.expanded}
+        return {tuple(allocator.layers[name].P[:, -1].tolist()) for name in grown}
 
-    expected = grown()
-    assert_same(grown(users_seed=1), expected)
-    others = [*expected.values(), *grown(seed=4).values(), *grown(steps=2).values()]
-    assert len({tuple(column.tolist()) for column in others}) == len(others)
-
-
-@float64
-@given(resizes(), seeds)
-def test_pruning_removes_the_pruned_triplets_and_growing_changes_nothing(case, seed):
-    """After a resize the update is the sum of scaling lambda_i P_i Q_i over the kept ranks."""
-    rank, keep, n_new = case
-    torch.manual_seed(seed)
-    layer = randomized(SVDLinear(nn.Linear(6, 5), rank).double())
-    P, Lambda, Q = map(array, factors(layer))
-    x, scaling = torch.randn(3, 6).double(), layer.scaling.item()
-    expected = scaling * sum(Lambda[i] * np.outer(P[:, i], Q[i]) for i in keep)
-    resize(layer, keep, 0, None, {})
-    y = layer(x)
-    resize(layer, range(len(keep)), n_new, torch.Generator("cpu"), {})
-    np.testing.assert_allclose(array(layer.delta_weight()), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(layer(x), y, rtol=1e-9, atol=1e-9)
-    assert layer.rank == len(keep) + n_new and layer.scaling.item() == scaling
+    assert grown(users_seed=1) == grown()
+    assert len(grown() | grown(seed=4) | grown(steps=2)) == 3 * len(grown()) == 12
 
 
 @pytest.mark.parametrize("kind, options", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -769,7 +706,8 @@ def test_retained_ranks_train_on_as_in_a_twin_that_never_moved(kind, options, ca
         if step == steps:
             resize(layer, keep, n_new, torch.Generator("cpu"), optimizer.state)
             for (w, dim), twin in zip(own.items(), twins):
-                twin.data.index_copy_(dim, later, w.data)
+                fresh = w.data.narrow(dim, len(keep), n_new)
+                twin.data.narrow(dim, rank, n_new).copy_(fresh)
         now = present if step < steps else later
         for i, ((w, dim), twin) in enumerate(zip(own.items(), twins)):
             w.grad = randn(*w.shape, seed=9 * step + i)
@@ -786,36 +724,28 @@ def test_retained_ranks_train_on_as_in_a_twin_that_never_moved(kind, options, ca
 
 
 # ---- Section 3.4: the schedule ----
-@given(schedules())
-@example(RankSchedule(6, 0, 0, 1, 108))  # a tie at a progress of 5/6, which floats miss
-def test_the_budget_is_equation_5_exactly(schedule):
-    """It is b (1 - progress^3), ties to even, at warmup + m interval and 0 at other steps."""
+@given(schedules(), st.sampled_from(sorted(SHAPES)))
+@example(RankSchedule(6, 0, 0, 1, 108), "cubic")  # a tie at a progress of 5/6, which floats miss
+def test_the_budget_is_equation_5_exactly(schedule, shape):
+    """It is b (1 - progress^3), or of another shape, rounded half to even, at warmup + m interval;
+    and 0 at other steps."""
+    schedule, end = dataclasses.replace(schedule, shape=shape), Decimal(-5).exp()
     span = schedule.total_steps - schedule.stabilize_steps - schedule.warmup_steps
     for step in range(-1, schedule.total_steps + 3):
         since = step - schedule.warmup_steps
-        expected = 0
-        if since in range(schedule.adjust_interval, span + 1, schedule.adjust_interval):
-            whole, rest = divmod(schedule.b * (span**3 - since**3), span**3)
-            expected = whole + (2 * rest > span**3 or (2 * rest == span**3 and whole % 2 == 1))
-        assert schedule.budget(step) == expected
-
-
-def test_the_other_shapes_are_their_formulas():
-    """Linear is 1 - progress, exponential (e^(-5 progress) - e^-5) / (1 - e^-5), constant 1."""
-    shapes = ("linear", "exponential", "constant")
-    linear, exponential, constant = (RankSchedule(100, 20, 30, 1, 99, shape) for shape in shapes)
-    end = Decimal(-5).exp()
-    for t in range(21, 71):
-        assert linear.budget(t) == round(99 * (1 - Fraction(t - 20, 50)))
-        share = ((Decimal(20 - t) / 10).exp() - end) / (1 - end)
-        assert exponential.budget(t) == round(99 * share)
-        assert constant.budget(t) == 99
+        exponential = ((Decimal(-5 * since) / span).exp() - end) / (1 - end)
+        shares = dict(cubic=1 - Fraction(since, span) ** 3, linear=1 - Fraction(since, span),
+                      constant=1, exponential=Fraction(exponential))
+        due = since in range(schedule.adjust_interval, span + 1, schedule.adjust_interval)
+        whole, rest = divmod(schedule.b * shares[shape], 1)
+        up = rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2 == 1)
+        assert schedule.budget(step) == (whole + up if due else 0)
 
 
 # ---- Algorithm 1 ----
 class Training(RuleBasedStateMachine):
     """Steps, skipped steps and freezing in any order keep the invariants. A twin that is saved,
-    resumed, copied and checkpointed at random moments equals the run that is not, bit for bit."""
+    resumed and copied at random moments equals the run that is not, bit for bit."""
 
     @initialize(ranks=rank_lists, k=st.integers(1, 3), b=st.integers(1, 4), seed=st.integers(0, 99),
                 interval=st.integers(1, 2), optimizer=st.sampled_from(sorted(OPTIMIZERS)),
@@ -889,10 +819,6 @@ class Training(RuleBasedStateMachine):
         self.twin = pickle.loads(pickle.dumps(self.twin)) if pickled else copy.deepcopy(self.twin)
         remember(self.twin[0], self.twin[2])
 
-    @rule(reentrant=st.sampled_from([None, True, False]))
-    def checkpoint(self, reentrant):
-        self.twin[0].reentrant = reentrant
-
     @rule()
     def merge_a_copy(self):
         model, merged = (copy.deepcopy(self.run[0]).eval() for _ in range(2))
@@ -953,20 +879,21 @@ def test_averages_move_until_the_search_ends_and_steps_are_counted_on():
     assert allocator.t == 10 and [warning.filename for warning in told] == [__file__]
 
 
-def test_a_layer_that_the_optimizer_does_not_hold_keeps_its_ranks():
-    """The others exchange ranks among themselves."""
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    """Recomputed activations see the factors as they are after adjustments."""
     model = adapted_net()
-    frozen = model.layers[0].dense.requires_grad_(False)
-    optimizer, allocator = training(model, b=4)
-    frozen.requires_grad_(True)
-    before = copy.deepcopy(frozen.state_dict())
-    for step in range(6):
-        (model(randn(4, 6)).square().mean()).backward()
-        frozen.zero_grad()  # else step() says that the optimizer does not hold it
+    optimizer, allocator = training(model)
+    for step in range(3):
+        gradients = []
+        for model.reentrant in (reentrant, None):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            gradients.append([w.grad for w in trainable(model)])
+        torch.testing.assert_close(*gradients)
         optimizer.step()
-        assert "layers.0.dense" not in allocator.step().scores
-        optimizer.zero_grad()
-    assert_same(dict(frozen.state_dict()), dict(before))
+        assert allocator.step().expanded
+
 
 
 def test_compiled_models_follow_adjustments():
@@ -985,35 +912,32 @@ def test_compiled_models_follow_adjustments():
     assert ranks[0] != ranks[1]
 
 
-@pytest.mark.parametrize("base, autocast", [("bfloat16", None), ("float32", torch.bfloat16),
-                                            ("bfloat16", torch.bfloat16), ("float32", torch.float16)])
+@pytest.mark.parametrize("base, autocast", [("bfloat16", None), ("bfloat16", torch.bfloat16),
+                                            ("float32", torch.float16)])
 def test_low_precision_training_follows_float32(base, autocast, device):
     """The loss falls alike, and factors stay float32. With float16 the first steps overflow."""
 
     def losses(dtype, autocast=None):
         model = inject(Net().to(dtype), ["query", "dense"], 2, modules_to_save=["head"])
         optimizer, allocator = training(model, schedule=RankSchedule(20, 4, 6, 5, 2))
-        scaling = dict(init_scale=2.0**24, backoff_factor=2.0**-8)
-        scaler = torch.amp.GradScaler(device, enabled=autocast == torch.float16, **scaling)
+        scaler = torch.amp.GradScaler(device, 2.0**24, backoff_factor=2.0**-8,
+                                      enabled=autocast == torch.float16)
         x, found = randn(8, 6, seed=1), []
         for _ in range(20):
             with torch.autocast(device, autocast, enabled=bool(autocast)):
                 loss = model(x.to(dtype)).float().square().mean()
             scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
-            before = adapter_state_dict(model)
-            assert_invariants(model, allocator, before, allocator.step())
+            assert_invariants(model, allocator, adapter_state_dict(model), allocator.step())
             optimizer.zero_grad()
             found.append(loss.item())
-        assert {w.dtype for m in adapted_layers(model).values() for w in factors(m)} == {torch.float32}
-        assert allocator.t == 20 and (found[0] == found[1]) == scaler.is_enabled()
+        assert (found[0] == found[1]) == scaler.is_enabled() and model.layers[0].query.P.dtype == torch.float32
         return np.array(found[scaler.is_enabled():][:19])
 
     expected = losses(torch.float32)
     assert expected[-1] < 0.8 * expected[0]
-    np.testing.assert_allclose(losses(getattr(torch, base), autocast), expected, rtol=0.1)
+    np.testing.assert_allclose(losses(getattr(torch, base), autocast), expected, rtol=0.2)
 
 
 def test_adapters_that_the_loss_does_not_reach_are_told_of_once():
@@ -1032,34 +956,17 @@ def test_adapters_that_the_loss_does_not_reach_are_told_of_once():
         assert all(warning.filename == __file__ for warning in told)
 
 
-# ---- What the device does: the work, what it waits for, and where tensors are ----
-class Operations(TorchDispatchMode):
-    """Counts the bytes that all operations write, and the copies from a device to the CPU."""
-    written = to_the_host = 0
+# ---- What a step waits for, and where tensors are ----
+class Crossings(TorchDispatchMode):
+    """Counts the copies from a device to the CPU."""
+    to_the_host = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
-        shares = any(r.alias_info and not r.alias_info.is_write for r in function._schema.returns)
-        if isinstance(out, torch.Tensor) and not shares:  # a view writes nothing
-            self.written += out.nbytes
-            inputs = [x for x in args if isinstance(x, torch.Tensor)]
-            self.to_the_host += out.device.type == "cpu" and any(x.is_cuda for x in inputs)
+        inputs = [x for x in args if isinstance(x, torch.Tensor)]
+        here = isinstance(out, torch.Tensor) and out.device.type == "cpu"
+        self.to_the_host += here and any(x.device.type != "cpu" for x in inputs)
         return out
-
-
-def test_the_work_of_a_step_grows_linearly_with_the_number_of_matrices():
-    """With eight times as many matrices it writes about eight times as many bytes."""
-    written = []
-    for n in (8, 64):
-        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(n)))
-        inject(model, [*map(str, range(n))], {str(i): 1 + i % 4 for i in range(n)})
-        optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-        allocator = RankAllocator(model, optimizer, RankSchedule(9, 0, 0, 1, n // 4), k=1)
-        with Operations() as operations:
-            (orthogonality_penalty(model) + sum(m.Lambda.sum() for m in model)).backward()
-            assert sum(allocator.step().expanded.values()) >= n // 8
-        written.append(operations.written)
-    assert written[1] < 10 * written[0]  # which ranks move differs a little
 
 
 @cpu_only
@@ -1074,15 +981,27 @@ def test_tensors_of_two_devices_never_meet_and_only_an_adjustment_waits(places, 
         reads.append(scores)
         return [float(i) for i in range(1, scores.numel() + 1)]
 
+    def sliced(x, slices):
+        for dim, part in enumerate(slices if isinstance(slices, tuple) else (slices,)):
+            start, stop, _ = part.indices(x.shape[dim])
+            x = x.narrow(dim, start, stop - start)
+        return x
+
+    def moved(x, *to, **options):
+        to = (to[0].device, to[0].dtype) if isinstance(to[0], torch.Tensor) else to
+        return torch.Tensor.to(x, *to, **options)
+
     def device_of(place):
         return torch.ones((), device=place).device
 
     monkeypatch.setattr(elalora, "Tensor", FakeTensor)  # the plain tensors of this world
     monkeypatch.setattr(FakeTensor, "tolist", read)
+    monkeypatch.setattr(FakeTensor, "to", moved, raising=False)  # these ask for a build with CUDA
+    monkeypatch.setattr(FakeTensor, "__getitem__", sliced, raising=False)
     monkeypatch.setattr(nn.Linear, "reset_parameters", lambda _: None)
     monkeypatch.setattr(torch, "randint", lambda *_, **__: 7)  # the seed is a number of the host
     monkeypatch.setattr(torch.Tensor, "new_tensor", lambda x, n: torch.full((), n, device=x.device))
-    with FakeTensorMode(allow_non_fake_inputs=False), Operations() as operations:
+    with FakeTensorMode(allow_non_fake_inputs=False), Crossings() as crossings:
         model = nn.Sequential(*(nn.Linear(6, 5 + i % 2, device=d) for i, d in enumerate(places)))
         inject(model, ["0", "1", "2", "3"], dict(zip("0123", (1, 2, 2, 3))))
         optimizer = torch.optim.SGD(trainable(model), lr=0.1, momentum=0.9)
@@ -1090,57 +1009,45 @@ def test_tensors_of_two_devices_never_meet_and_only_an_adjustment_waits(places, 
         for t in range(1, 10):
             with torch.no_grad():  # the engine has no queue for a device that is not there
                 assert orthogonality_penalty(model).device == model[0].P.device
-                outputs = [m(torch.ones(2, 6, device=d)) for m, d in zip(model, places)]
+                outputs = [m(torch.ones(2, 6, device=d)) @ m.delta_weight() for m, d in zip(model, places)]
             assert [y.device for y in outputs] == [*map(device_of, places)]
             for w in trainable(model):
                 w.grad = torch.ones_like(w)
             optimizer.step()
-            crossings = operations.to_the_host
+            before = crossings.to_the_host
             adjustment = allocator.step()
             assert bool(adjustment and adjustment.expanded) == (t in (4, 6)) == len(reads)
-            assert host or operations.to_the_host == crossings
+            assert host or crossings.to_the_host == before
             assert [m.P.device for m in model] == [*map(device_of, places)]
             reads.clear()
             optimizer.zero_grad()
-        assert [m.weight.device for m in merge(model)] == [*map(device_of, places)]
 
 
 # ---- After training: merging ----
 @float64
 @given(rank_lists, st.sampled_from(["float64", "float32", "bfloat16", "float16"]), seeds)
 def test_a_merged_model_computes_what_the_adapted_one_did(ranks, dtype, seed):
-    """Frozen nn.Linears of the base's dtype hold W0 + scaling P diag(Lambda) Q, rounded once."""
+    """Frozen nn.Linears of the base's dtype hold W0 + scaling P diag(Lambda) Q, rounded once. An
+    update of 0 changes no bit, neither the last ones of float64 nor the sign of -0.0."""
     model, dtype = randomized(adapted_net(dict(zip(ADAPTED, ranks)), seed)), getattr(torch, dtype)
-    expected = {}
+    before, expected = {}, {}
     for name, layer in adapted_layers(model).items():
-        layer.base_layer.to(dtype).weight.data += torch.rand((), dtype=torch.float64) * 1e-9
-        expected[name] = array(layer.base_layer.weight) + array(layer.delta_weight())
+        layer.P.data[0] = 0.0
+        W0 = layer.base_layer.to(dtype).weight.data
+        W0 += torch.rand((), dtype=torch.float64) * 1e-9
+        W0[0, :3] = -0.0
+        before[name], expected[name] = W0.clone(), array(W0) + array(layer.delta_weight())
     assert merge(model) is model
     for name in ADAPTED:
         linear = model.get_submodule(name)
-        assert type(linear) is nn.Linear and linear.weight.dtype == dtype
-        assert not linear.weight.requires_grad
+        assert type(linear) is nn.Linear and not linear.weight.requires_grad
+        assert linear.weight.dtype == dtype
+        bits = [W[0].view(torch.uint8) for W in (linear.weight, before[name])]
+        assert torch.equal(*bits)
         half, error = torch.finfo(dtype).eps * 0.501, 1e-12 if dtype == torch.float64 else 3e-6
         np.testing.assert_allclose(array(linear.weight), expected[name], rtol=half, atol=error)
     assert [*adapted_layers(inject(model, ["query"], 1))] == ["layers.0.query", "layers.1.query"]
     assert not any(key.startswith("head") for key in adapter_state_dict(model))
-
-
-@float64
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_an_update_of_0_changes_no_bit(dtype):
-    """Neither the last digits of float64 nor the sign of -0.0, whatever the other rows get."""
-    linear = nn.Linear(6, 5)
-    linear.weight = nn.Parameter(torch.randn(5, 6, dtype=torch.float64).to(dtype))
-    linear.weight.data[:2, :3] = -0.0
-    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
-    before = linear.weight.data.clone()
-    layer = SVDLinear(linear, 2)
-    layer.Lambda.data[0] = 1.0
-    layer.P.data[:, 0] = torch.tensor([0.0, 0, 0, 0, 1])
-    after = merge(layer).weight.data
-    assert torch.equal(after[:4].view(bits), before[:4].view(bits))
-    assert not torch.equal(after[4], before[4])
 
 
 def test_a_bare_layer_saves_and_merges():
@@ -1159,8 +1066,7 @@ def test_disabled_adapters_leave_the_base():
     """Within adapters_disabled() the base answers; a loss of both models, as DPO's, trains."""
     base, model = Net(), randomized(adapted_net(modules_to_save=[]))
     x, layer = torch.randn(3, 6), model.layers[0].query
-    expected, policy = model(x), model(x)
-    state = adapter_state_dict(model)
+    expected, state = model(x), adapter_state_dict(model)
     with adapters_disabled(model) as same:
         with adapters_disabled(model):
             assert same is model and torch.equal(model(x), base(x))
@@ -1172,11 +1078,8 @@ def test_disabled_adapters_leave_the_base():
         raise KeyError
     assert torch.equal(model(x), expected)
     torch.testing.assert_close(merged(x), expected, rtol=1e-3, atol=1e-3)
-    policy.square().sum().backward()
-    gradients = [w.grad for w in trainable(model)]
-    model.zero_grad()
-    expected.square().sum().backward()
-    assert_same(gradients, [w.grad for w in trainable(model)])
+    (expected - base(x)).square().sum().backward()
+    assert all(w.grad.any() for w in trainable(model))
 
 
 # ---- After training: saving and loading ----
@@ -1286,7 +1189,8 @@ class Named(nn.Module):
 
     def forward(self, x):
         x = x + torch.tanh(self.block(x) + self.Xfc(torch.tanh(self.fc(x))))
-        return self.overhead(x) + self.head(x) + self.embed((x.abs() * 2).long().clamp(max=5))
+        tokens = (2 * x[:, 0].abs()).long().clamp(max=5)
+        return self.overhead(x) + self.head(x) + self.embed(tokens)
 
 
 def named(*adapted, saved=()):
@@ -1300,13 +1204,6 @@ def named(*adapted, saved=()):
     return model
 
 
-def checkpointed():
-    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
-    model = adapted_net()
-    model.layers[0] = wrapper.checkpoint_wrapper(model.layers[0])
-    return model
-
-
 def hand_trained(owner=""):
     """Of which PEFT can name all but a bare parameter."""
     model = by_hand(adapted_net())
@@ -1314,6 +1211,12 @@ def hand_trained(owner=""):
     del model.scale
     if owner is not None:
         model.get_submodule(owner).scale = scale
+    return model
+
+
+def checkpointed(model):
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
+    model.layers[0] = wrapper.checkpoint_wrapper(model.layers[0])
     return model
 
 
@@ -1328,7 +1231,7 @@ EXPORTS = {
     "batch norm": lambda: adapted_net(norm=nn.BatchNorm1d, modules_to_save=[]),
     "compiled": lambda: inject(torch.compile(Net()), ["query"], 2, modules_to_save=["head"]),
     "DDP": lambda: nn.parallel.DistributedDataParallel(adapted_net()),
-    "wrapped inside": checkpointed,
+    "wrapped inside": lambda: checkpointed(adapted_net()),
     "Conv1D": gpt2_like,
     "tied, head": lambda: named("fc", saved=["head"]),
     "tied, embedding": lambda: named("Xfc", "block.fc", saved=["embed"]),
@@ -1381,20 +1284,18 @@ def test_the_task_type_is_pefts_and_several_may_write(name, encoder_decoder, exp
     """By the name of the class. No process meets the temporary file of another; none is left."""
     pytest.importorskip("safetensors")
     net = adapted_net()
-    net.classifier = nn.Linear(6, 2)
     net.config = type("Config", (), dict(is_encoder_decoder=encoder_decoder))
-    net.__class__ = type(name, (Net,), {})
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: export_peft(net, tmp_path, "base"), range(8)))
-    written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"adapter_config.json", "adapter_model.safetensors"}
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["task_type"] == expected and config["modules_to_save"] == ["classifier", "head"]
-    net.requires_grad_(False)  # then PEFT's class for sequences would miss the head in the file
-    export_peft(net, tmp_path, "base")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["task_type"] == (None if expected == "SEQ_CLS" else expected)
-    assert config["modules_to_save"] is None
+    net.classifier, net.__class__ = nn.Linear(6, 2), type(name, (Net,), {})
+    for saved in (["classifier", "head"], None):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: export_peft(net, tmp_path, "base"), range(8)))
+        written = sorted(path.name for path in tmp_path.iterdir())
+        assert written == ["adapter_config.json", "adapter_model.safetensors"]
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        # without a head in the file, PEFT's class for sequences would miss it
+        assert config["task_type"] == (expected if saved or expected != "SEQ_CLS" else None)
+        assert config["modules_to_save"] == saved
+        net.requires_grad_(False)
 
 
 # ---- What is refused ----
@@ -1469,8 +1370,9 @@ class Stage:
             tensors |= {(len(facts), key): x for key, x in model.state_dict().items()}
             tensors |= {(-len(facts), key): w.grad for key, w in model.named_parameters()}
         for i, state in self.optimizer.state_dict()["state"].items():
+            state = {key: x for key, x in state.items() if not late or "bar" not in key}
             facts += [(key, type(x)) for key, x in state.items()]
-            tensors |= {(i, key): x for key, x in state.items() if not late or "bar" not in key}
+            tensors |= {(i, key): x for key, x in state.items()}
         return facts, {key: x.detach().as_subclass(torch.Tensor).clone() for key, x in tensors.items()
                        if isinstance(x, torch.Tensor) and not x.is_meta}
 
