@@ -6,7 +6,6 @@ PEFT the tests of the export are skipped. The laws run on every device that is f
 is a GPU, `pytest test_elalora.py` proves them on it.
 """
 
-import ast
 import copy
 import dataclasses
 import io
@@ -14,6 +13,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import sys
 import warnings
 from collections import Counter
@@ -98,7 +98,6 @@ OPTIMIZERS = {
     "Adagrad": (torch.optim.Adagrad, dict(lr=0.05)),
 }
 seeds = st.integers(0, 2**31 - 1)
-betas = st.floats(0.05, 0.99)
 rank_lists = st.lists(st.integers(1, 5), min_size=4, max_size=4)
 
 
@@ -180,9 +179,9 @@ def training(model, b=2, k=2, optimizer="AdamW", schedule=None, **kwargs):
 
 def remember(model, allocator):
     """What assert_invariants() compares with."""
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
-    frozen = {key: x.detach() for key, x in state.items() if "base_layer" in key or "scaling" in key}
-    allocator.first = allocator.ranks(), list(model.parameters()), copy.deepcopy(frozen)
+    frozen = {key: x.clone() for key, x in model.state_dict().items()
+              if "base_layer" in key or "scaling" in key}
+    allocator.first = allocator.ranks(), list(model.parameters()), frozen
 
 
 def assert_invariants(model, allocator, before=None, adjustment=None):
@@ -210,15 +209,12 @@ def assert_invariants(model, allocator, before=None, adjustment=None):
             keep = [i for i in range(len(before[f"{name}.Lambda"])) if i not in pruned]
             for (factor, dim), w in zip(RANK_DIM.items(), factors(layer)):
                 kept, new = w.split([len(keep), n_new], dim)
-                assert torch.equal(kept, before[f"{name}.{factor}"].index_select(dim, index(keep)))
+                old = before[f"{name}.{factor}"].index_select(dim, torch.tensor(keep))
+                assert torch.equal(kept, old)
                 assert w.grad is None or not (pruned or n_new)
                 assert factor != "Lambda" or not new.any()
                 if factor != "Lambda":
                     assert_orthonormal_to(*(array(x if dim else x.T) for x in (kept, new)))
-
-
-def index(numbers):
-    return torch.tensor([*numbers], dtype=torch.long)
 
 
 def assert_orthonormal_to(present, new):
@@ -232,13 +228,12 @@ def loss_of(model, step=0):
     return model(x).square().mean() + 0.1 * orthogonality_penalty(model)
 
 
-def train_step(model, optimizer, allocator, step=0, overflow=False, parts=1, kept=None, to_none=True):
-    """A step of a training loop, of several losses if need be. If it overflows, the optimizer is
-    skipped. A list of kept losses keeps their graphs alive."""
-    for part in range(parts):
-        loss = loss_of(model, 99 * part + step) / parts
-        loss.backward(retain_graph=kept is not None)
-        (kept if kept is not None else []).append(loss)
+def train_step(model, optimizer, allocator, step=0, overflow=False, parts=1, to_none=True):
+    """A step of a training loop, of several losses if need be, whose graphs are still alive at the
+    next backward. If it overflows, the optimizer is skipped."""
+    losses = [loss_of(model, 99 * part + step) / parts for part in range(parts)]
+    for loss in losses:
+        loss.backward(retain_graph=True)
     if overflow:
         model.head.weight.grad[0, 0] = torch.inf  # a GradScaler looks at all gradients
     else:
@@ -246,6 +241,8 @@ def train_step(model, optimizer, allocator, step=0, overflow=False, parts=1, kep
     before = adapter_state_dict(model)
     adjustment = allocator.step()
     assert_invariants(model, allocator, before, adjustment)
+    if adjustment:
+        loss_of(model).backward()
     optimizer.zero_grad(set_to_none=to_none)
     return adjustment
 
@@ -267,15 +264,10 @@ def saved_and_loaded(state):
 
 def test_elalora_needs_torch_alone():
     """It imports the standard library and torch, and in export_peft alone safetensors."""
-    found = set()
-    for owner in ast.parse(Path(elalora.__file__).read_text()).body:
-        for node in ast.walk(owner):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [getattr(node, "module", None)] + [alias.name for alias in node.names]
-                package = next(filter(None, names)).split(".")[0]
-                found.add((package, getattr(owner, "name", "top")))
-    others = {(name, where) for name, where in found if name not in sys.stdlib_module_names}
-    assert others == {("torch", "top"), ("safetensors", "export_peft")}
+    source = Path(elalora.__file__).read_text()
+    found = set(re.findall(r"^( *)(?:from|import) (\w+)", source, re.M))
+    others = {(indent, name) for indent, name in found if name not in sys.stdlib_module_names}
+    assert others == {("", "torch"), ("    ", "safetensors")}
 
 
 # ---- Section 3.1: the layer ----
@@ -283,8 +275,8 @@ def test_elalora_needs_torch_alone():
 @given(st.integers(1, 7), st.integers(1, 7), st.data(), seeds)
 @settings(max_examples=25)
 def test_the_layer_computes_its_formula(d_out, d_in, data, seed):
-    """For x of any shape, y = W0 x + bias + scaling P (Lambda * (Q x)), with its gradients. At first it is the
-    base's bit for bit, and R(P, Q) = 0. Dropout acts on x before Q alone."""
+    """For x of any shape, y = W0 x + bias + scaling P (Lambda * (Q x)), with its gradients. At
+    first it is the base's bit for bit, and R(P, Q) = 0. Dropout acts on x before Q alone."""
     rank = data.draw(st.integers(1, min(d_out, d_in)))
     shape = data.draw(st.sampled_from([(), (4,), (2, 3), (0,), (2, 1, 3)]))
     torch.manual_seed(seed)
@@ -333,13 +325,11 @@ def test_the_seed_and_its_name_decide_where_a_matrix_starts(ranks, others, first
 
 def test_the_default_device_does_not_matter():
     """Factors and new ranks are drawn on the CPU and live where their base does."""
-    base, layers = nn.Linear(6, 5), []
-    for place in ("meta", torch.get_default_device()):
-        with torch.device(place):
-            layers += [SVDLinear(base, 2, generator=torch.Generator("cpu"))]
-            resize(layers[-1], [0, 1], 2, torch.Generator("cpu"), {})
-    assert_same(*(layer.state_dict() for layer in layers))
-    meta = SVDLinear(nn.Linear(6, 5, device="meta"), 2)
+    with torch.device("meta"):
+        layer = SVDLinear(nn.Linear(6, 5, device="cpu"), 2)
+        resize(layer, [0, 1], 2, torch.Generator("cpu"), {})
+        meta = SVDLinear(nn.Linear(6, 5), 2)
+    assert orthogonality_penalty(layer).item() < 1e-10 and layer.scaling.item() == 8
     assert meta.P.is_meta and meta.scaling.is_meta and orthogonality_penalty(meta).is_meta
 
 
@@ -430,12 +420,6 @@ def test_a_quantized_base_can_be_adapted_and_read_but_not_computed_with(autocast
             compute()
 
 
-def tied():
-    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "out": nn.Linear(4, 7)})
-    model["out"].weight = model["embed"].weight
-    return model
-
-
 def test_a_weight_can_be_tied_after_inject_and_merging_leaves_the_embedding_alone():
     """What tie_weights() assigns to an adapted layer becomes the weight of its base."""
     model, x = randomized(inject(tied(), ["out"], 2)), torch.randn(3, 4)
@@ -448,6 +432,12 @@ def test_a_weight_can_be_tied_after_inject_and_merging_leaves_the_embedding_alon
     assert {name for name, _ in layer.named_parameters()} == {*RANK_DIM, "base_layer.weight"}
     torch.testing.assert_close(merge(model)["out"](x), y)
     assert torch.equal(tie, before)
+
+
+def tied():
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "out": nn.Linear(4, 7)})
+    model["out"].weight = model["embed"].weight
+    return model
 
 
 class Conv1D(nn.Module):
@@ -482,7 +472,7 @@ def test_a_conv1d_is_adapted_as_the_linear_layer_that_it_is():
 def test_names_match_by_whole_components_from_the_right():
     """`0.dense` matches `layers.0.dense`, and `k` matches neither `block` nor `xk`."""
     assert list(adapted_layers(inject(Net(), ["0.dense"], 2))) == ["layers.0.dense"]
-    model = nn.ModuleDict({"k": nn.Linear(3, 3), "block": nn.Linear(3, 3), "xk": nn.Linear(3, 3)})
+    model = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("k", "block", "xk")})
     assert list(adapted_layers(inject(model, ["k"], 1))) == ["k"]
 
 
@@ -501,18 +491,17 @@ def test_a_layer_in_two_places_stays_one_layer():
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
 
 
-class Experts(nn.Module):
+def experts():
     """Two experts in one parameter of three dimensions, beside an attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate_up_proj, self.q_proj = nn.Parameter(torch.ones(2, 6, 6)), nn.Linear(6, 3)
+    model = nn.ModuleDict({"q_proj": nn.Linear(6, 3)})
+    model.gate_up_proj = nn.Parameter(torch.ones(2, 6, 6))
+    return model
 
 
 def test_experts_that_cannot_be_adapted_are_told_of():
     """Where attention alone matches, inject() warns with the share of weights that is left."""
     with pytest.warns(UserWarning, match="77% of the weights are stacked in 3 dim") as told:
-        inject(Experts(), ["q_proj"], 2)  # 72 of 72 + 21
+        inject(experts(), ["q_proj"], 2)  # 72 of 72 + 21
     assert [warning.filename for warning in told] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a convolution's weight is no stack of matrices
@@ -544,10 +533,10 @@ def test_a_base_may_be_sharded_but_no_adapter(before, process_group):
         optimizer = torch.optim.AdamW(trainable(net), 0.05)
         allocator = RankAllocator(net, optimizer, RankSchedule(9, 0, 1, 1, 2, "constant"), k=2)
         for step in range(4):
+            optimizer.zero_grad()
             loss_of(net, step).backward()
             optimizer.step()
             assert allocator.step().expanded
-            optimizer.zero_grad()
     state = adapter_state_dict(whole)
     assert_same(adapter_state_dict(model), state)
     weight = model.layers[0].query.weight
@@ -555,13 +544,15 @@ def test_a_base_may_be_sharded_but_no_adapter(before, process_group):
     assert (weight.shape, weight.dtype) == ((5, 6), torch.float32)
     with pytest.raises(ValueError, match="quantized, sharded, parametrized"):
         merge(model)
-    fsdp.fully_shard((head := adapted_net()).head, mesh=mesh)
-    fsdp.fully_shard(model := adapted_net(), mesh=mesh)
-    for function in (training, adapter_state_dict, orthogonality_penalty, merge,
-                     lambda net: load_adapter_state_dict(net, state)):
-        for net in (model, head)[: 2 if function in (training, adapter_state_dict) else 1]:
-            with pytest.raises(ValueError, match="a trained parameter is sharded; .*ignored_params="):
-                function(net)
+    model, head = adapted_net(), adapted_net()
+    fsdp.fully_shard(model, mesh=mesh)
+    fsdp.fully_shard(head.head, mesh=mesh)
+    load = lambda model: load_adapter_state_dict(model, state)
+    of_head = (training, adapter_state_dict)
+    of_all = (*of_head, orthogonality_penalty, merge, load)
+    for net, call in [(head, call) for call in of_head] + [(model, call) for call in of_all]:
+        with pytest.raises(ValueError, match="a trained parameter is sharded; .*ignored_params="):
+            call(net)
 
 
 # ---- Section 3.1: the penalty ----
@@ -581,17 +572,8 @@ def test_the_penalty_is_the_mean_of_section_3_1(ranks, seed):
 
 
 # ---- Section 3.2: importance scores ----
-def numpy_averages(w, gradient, I_bar, U_bar, beta1, beta2):
-    """Eq. 1 and 3 in NumPy float64."""
-    I = np.abs(array(w) * array(gradient))
-    I_bar = beta1 * I_bar + (1 - beta1) * I
-    return I_bar, beta2 * U_bar + (1 - beta2) * np.abs(I - I_bar)
-
-
-KINDS = ["all", "some", "nan", "inf", "inf in the head"]
-
-
-@given(st.lists(st.sampled_from(KINDS), max_size=6), betas, betas, seeds)
+@given(st.lists(st.sampled_from(["all", "some", "nan", "inf", "inf in the head"]), max_size=6),
+       st.floats(0.05, 0.99), st.floats(0.05, 0.99), seeds)
 @example(["all", "inf in the head"], 0.85, 0.85, 0)  # GradScaler skips a step for any gradient
 def test_importance_follows_equations_1_to_3(kinds, beta1, beta2, seed):
     """Scores are those of float64 by hand, and steps with a non-finite gradient do not count."""
@@ -610,7 +592,9 @@ def test_importance_follows_equations_1_to_3(kinds, beta1, beta2, seed):
         else:
             for w in oracle:
                 if w.grad is not None:
-                    oracle[w] = numpy_averages(w, w.grad, *oracle[w], beta1, beta2)
+                    I, (I_bar, U_bar) = np.abs(array(w) * array(w.grad)), oracle[w]  # eq. 1
+                    I_bar = beta1 * I_bar + (1 - beta1) * I  # eq. 3
+                    oracle[w] = I_bar, beta2 * U_bar + (1 - beta2) * np.abs(I - I_bar)
         allocator.step()
     assert allocator.t == len(kinds)
     for name, S in allocator.importance().items():
@@ -700,7 +684,8 @@ def test_retained_ranks_train_on_as_in_a_twin_that_never_moved(kind, options, ca
     own = dict(zip(factors(layer), RANK_DIM.values()))
     twins = [nn.Parameter(torch.cat([w.data, w.data.narrow(dim, 0, 1).expand(
         [n_new if i == dim else -1 for i in range(w.ndim)])], dim)) for w, dim in own.items()]
-    present, later = index(range(rank)), index([*keep, *range(rank, rank + n_new)])
+    present = torch.arange(rank)
+    later = torch.tensor([*keep, *range(rank, rank + n_new)])
     optimizer, twin_optimizer = kind([*own], **options), kind(twins, **options)
     for step in range(2 * steps):
         if step == steps:
@@ -751,7 +736,7 @@ class Training(RuleBasedStateMachine):
                 interval=st.integers(1, 2), optimizer=st.sampled_from(sorted(OPTIMIZERS)),
                 min_rank=st.integers(1, 2))
     def start(self, ranks, seed, b, interval, **options):
-        self.clock, self.real_steps, self.frozen, self.kept = 0, 0, set(), []
+        self.clock, self.real_steps, self.frozen = 0, 0, set()
         schedule = RankSchedule(10**6, 1, 1, interval, b, "constant")
         self.seed, self.options = seed, options | dict(schedule=schedule, seed=seed)
         self.run, self.twin = (self.built(dict(zip(ADAPTED, ranks))) for _ in range(2))
@@ -770,9 +755,9 @@ class Training(RuleBasedStateMachine):
         for moved in (found[0].pruned, found[0].expanded, found[0].scores) if found[0] else ():
             assert moved.keys().isdisjoint(name for name, _ in self.frozen)
 
-    @rule(parts=st.integers(1, 2), keep=st.booleans(), to_none=st.booleans())
-    def step(self, parts, keep, to_none):
-        self.both_step(parts=parts, kept=self.kept if keep else None, to_none=to_none)
+    @rule(parts=st.integers(1, 2), to_none=st.booleans())
+    def step(self, parts, to_none):
+        self.both_step(parts=parts, to_none=to_none)
         self.real_steps += 1
 
     @precondition(lambda self: self.real_steps or self.clock == 0)
@@ -808,7 +793,11 @@ class Training(RuleBasedStateMachine):
         state = dict(model.state_dict()) if whole else adapter_state_dict(model)
         state, optimizer_state = saved_and_loaded((state, optimizer.state_dict()))
         self.twin = resumed, optimizer, allocator = self.built(rank)
+        parameters = list(resumed.parameters())
+        loss_of(resumed).backward()  # gradients of the old shape go, the Parameters stay
         resumed.load_state_dict(state) if whole else load_adapter_state_dict(resumed, state)
+        assert all(w is old for w, old in zip(resumed.parameters(), parameters, strict=True))
+        assert all(w.grad is None or w.grad.shape == w.shape for w in parameters)
         optimizer.load_state_dict(optimizer_state)
         remember(resumed, allocator)
         self.set_frozen(self.frozen)
@@ -932,7 +921,8 @@ def test_low_precision_training_follows_float32(base, autocast, device):
             assert_invariants(model, allocator, adapter_state_dict(model), allocator.step())
             optimizer.zero_grad()
             found.append(loss.item())
-        assert (found[0] == found[1]) == scaler.is_enabled() and model.layers[0].query.P.dtype == torch.float32
+        assert (found[0] == found[1]) == scaler.is_enabled()
+        assert model.layers[0].query.P.dtype == torch.float32
         return np.array(found[scaler.is_enabled():][:19])
 
     expected = losses(torch.float32)
@@ -970,12 +960,11 @@ class Crossings(TorchDispatchMode):
 
 
 @cpu_only
-@pytest.mark.parametrize("places", [["cuda"] * 4, ["cuda:0", "cuda:0", "cuda:1", "cuda:1"],
-                                    ["cuda", "cuda", "cpu", "cpu"]])
+@pytest.mark.parametrize("places", [["cuda:0", "cuda:1"] * 2, ["cuda:0", "cpu"] * 2])
 def test_tensors_of_two_devices_never_meet_and_only_an_adjustment_waits(places, monkeypatch):
     """On fake devices, which refuse to mix tensors of two, and to tell a number to the host, the
     scores of an adjustment are read as one list, and nothing is read in any other step."""
-    reads, host = [], "cpu" in places
+    reads = []
 
     def read(scores):
         reads.append(scores)
@@ -991,15 +980,12 @@ def test_tensors_of_two_devices_never_meet_and_only_an_adjustment_waits(places, 
         to = (to[0].device, to[0].dtype) if isinstance(to[0], torch.Tensor) else to
         return torch.Tensor.to(x, *to, **options)
 
-    def device_of(place):
-        return torch.ones((), device=place).device
-
     monkeypatch.setattr(elalora, "Tensor", FakeTensor)  # the plain tensors of this world
     monkeypatch.setattr(FakeTensor, "tolist", read)
-    monkeypatch.setattr(FakeTensor, "to", moved, raising=False)  # these ask for a build with CUDA
-    monkeypatch.setattr(FakeTensor, "__getitem__", sliced, raising=False)
     monkeypatch.setattr(nn.Linear, "reset_parameters", lambda _: None)
     monkeypatch.setattr(torch, "randint", lambda *_, **__: 7)  # the seed is a number of the host
+    monkeypatch.setattr(FakeTensor, "to", moved, raising=False)  # these ask for a build with CUDA
+    monkeypatch.setattr(FakeTensor, "__getitem__", sliced, raising=False)
     monkeypatch.setattr(torch.Tensor, "new_tensor", lambda x, n: torch.full((), n, device=x.device))
     with FakeTensorMode(allow_non_fake_inputs=False), Crossings() as crossings:
         model = nn.Sequential(*(nn.Linear(6, 5 + i % 2, device=d) for i, d in enumerate(places)))
@@ -1009,18 +995,17 @@ def test_tensors_of_two_devices_never_meet_and_only_an_adjustment_waits(places, 
         for t in range(1, 10):
             with torch.no_grad():  # the engine has no queue for a device that is not there
                 assert orthogonality_penalty(model).device == model[0].P.device
-                outputs = [m(torch.ones(2, 6, device=d)) @ m.delta_weight() for m, d in zip(model, places)]
-            assert [y.device for y in outputs] == [*map(device_of, places)]
+                for layer, place in zip(model, places):
+                    y = layer(torch.ones(2, 6, device=place)) @ layer.delta_weight()
+                    assert y.device == layer.P.device == torch.device(place)
             for w in trainable(model):
                 w.grad = torch.ones_like(w)
             optimizer.step()
             before = crossings.to_the_host
             adjustment = allocator.step()
             assert bool(adjustment and adjustment.expanded) == (t in (4, 6)) == len(reads)
-            assert host or crossings.to_the_host == before
-            assert [m.P.device for m in model] == [*map(device_of, places)]
+            assert "cpu" in places or crossings.to_the_host == before
             reads.clear()
-            optimizer.zero_grad()
 
 
 # ---- After training: merging ----
@@ -1117,18 +1102,6 @@ def test_what_is_trained_is_what_is_saved():
     assert torch.equal(other(x), y) and torch.equal(model(x), y)
 
 
-def test_plain_load_state_dict_takes_any_ranks():
-    """A whole state_dict of other ranks loads strictly, into Parameters that have gradients."""
-    model, other = randomized(adapted_net(3, alpha=4.0)), adapted_net(1, seed=1)
-    loss_of(other).backward()
-    parameters, x = list(other.parameters()), torch.randn(3, 6)
-    other.load_state_dict(model.state_dict(), strict=True)
-    assert all(old is new for old, new in zip(parameters, other.parameters(), strict=True))
-    assert torch.equal(other(x), model(x))
-    loss_of(other).backward()
-    assert all(w.grad is None or w.grad.shape == w.shape for w in parameters)
-
-
 def query_of_rank(r, **others):
     """Factors that agree on a rank, and some that do not."""
     shapes = {"P": (5, r), "Lambda": (r,), "Q": (r, 6)} | others
@@ -1152,31 +1125,6 @@ def test_plain_load_state_dict_refuses_factors_that_do_not_fit_each_other(wrong,
 
 
 # ---- After training: export to PEFT ----
-@given(rank_lists)
-@settings(max_examples=10)
-def test_every_reader_of_lora_files_computes_the_same_update(tmp_path_factory, ranks):
-    """By the formulas of PEFT and vLLM, of llama.cpp and diffusers, and of SGLang."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    folder = tmp_path_factory.mktemp("export")
-    model = randomized(adapted_net(dict(zip(ADAPTED, ranks)), dropout=0.125))
-    model.layers[1].query.scaling.fill_(0.7)  # as a model has it that was put together
-    export_peft(model, folder, "a/base")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = safetensors.load_file(folder / "adapter_model.safetensors")
-    alpha, r = config["lora_alpha"], config["r"]
-    assert config["target_modules"] == ADAPTED  # SGLang refuses a pattern, vLLM reads none
-    assert not {"rank_pattern", "alpha_pattern"} & config.keys() and r == max(ranks)
-    assert config["lora_dropout"] == 0.125 and config["base_model_name_or_path"] == "a/base"
-    for name, layer in adapted_layers(model).items():
-        A, B = (array(tensors[f"base_model.model.{name}.lora_{x}.weight"]) for x in "AB")
-        P, Lambda, Q = map(array, factors(layer))
-        expected = layer.scaling.item() * P @ np.diag(Lambda) @ Q
-        for scale in (alpha / r, alpha / B.shape[1]):  # the file's r, or each tensor's own rank
-            error = np.linalg.norm(scale * B @ A - expected) / np.linalg.norm(expected)
-            assert error <= 2e-7
-        assert A.shape == (r, Q.shape[1]) and B.shape == (len(P), r)
-
-
 class Named(nn.Module):
     """Layers whose names are the tails of others, and an embedding tied to a head."""
 
@@ -1195,7 +1143,8 @@ class Named(nn.Module):
 
 def named(*adapted, saved=()):
     """Of which exactly these are adapted, at different ranks."""
-    names = [n for n in ("block.fc", "fc", "Xfc", "overhead") if n.rpartition(".")[2] in adapted or n in adapted]
+    names = [name for name in ("block.fc", "fc", "Xfc", "overhead")
+             if {name, name.rpartition(".")[2]} & {*adapted}]
     ranks = {name: 1 + i for i, name in enumerate(names)}
     model = inject(Named(), adapted, ranks, modules_to_save=saved)
     for name, layer in adapted_layers(model).items():
@@ -1239,6 +1188,23 @@ EXPORTS = {
 }
 
 
+def assert_readers_agree(model, config, tensors):
+    """By the formulas of PEFT and vLLM, of llama.cpp and diffusers, and of SGLang."""
+    layers = {name.replace("_checkpoint_wrapped_module.", ""): layer
+              for name, layer in adapted_layers(model).items()}
+    alpha, r = config["lora_alpha"], config["r"]
+    assert config["target_modules"] == [*layers]  # SGLang refuses a pattern, vLLM reads none
+    assert not {"rank_pattern", "alpha_pattern"} & config.keys()
+    assert config["lora_dropout"] == 0.0 and config["base_model_name_or_path"] == "a/base"
+    for name, layer in layers.items():
+        A, B = (array(tensors[f"base_model.model.{name}.lora_{x}.weight"]) for x in "AB")
+        P, Lambda, Q = map(array, factors(layer))
+        expected = layer.scaling.item() * P @ np.diag(Lambda) @ Q
+        for scale in (alpha / r, alpha / B.shape[1]):  # the file's r, or each tensor's own rank
+            error = np.linalg.norm(scale * B @ A - expected) / np.linalg.norm(expected)
+            assert error <= 2e-7
+
+
 @cpu_only
 @pytest.mark.parametrize("build", EXPORTS.values(), ids=EXPORTS)
 def test_peft_computes_what_the_exported_model_computes(build, tmp_path, process_group):
@@ -1253,6 +1219,8 @@ def test_peft_computes_what_the_exported_model_computes(build, tmp_path, process
     for i, layer in enumerate(getattr(base, "layers", [])):
         base.layers[i] = getattr(layer, "_checkpoint_wrapped_module", layer)
     randomized(model)
+    for i, layer in enumerate(adapted_layers(model).values()):
+        layer.scaling += i / 4  # as a model has it that was put together
     for key, w in model.named_parameters():
         w.data += torch.randn(w.shape) * (w.requires_grad and not key.endswith(tuple(RANK_DIM)))
     for seed in range(3):
@@ -1262,9 +1230,11 @@ def test_peft_computes_what_the_exported_model_computes(build, tmp_path, process
     assert training(wrapped)[1].ranks().keys() == adapted_layers(model).keys()
     export_peft(wrapped, tmp_path, "a/base")
     assert_same(adapter_state_dict(model), before)
-    mapping = json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"]
-    library = import_module(mapping["parent_library"])
-    assert getattr(library, mapping["base_model_class"]) is type(base)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert_readers_agree(model, config, import_module("safetensors.torch").load_file(
+        tmp_path / "adapter_model.safetensors"))
+    library = import_module(config["auto_mapping"]["parent_library"])
+    assert getattr(library, config["auto_mapping"]["base_model_class"]) is type(base)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     x = torch.randn(4, 6)
     expected = model.eval()(x)
@@ -1321,7 +1291,7 @@ class Stage:
         self.backward()
 
     def backward(self):
-        x = randn(4, 6)  # needs no gradient, so reentrant checkpointing gives none to what is inside
+        x = randn(4, 6)  # needs no gradient, so reentrant checkpointing gives none inside
         (self.model(x).square().sum() + 0.1 * orthogonality_penalty(self.model)).backward()
         self.optimizer.step()
 
@@ -1373,8 +1343,9 @@ class Stage:
             state = {key: x for key, x in state.items() if not late or "bar" not in key}
             facts += [(key, type(x)) for key, x in state.items()]
             tensors |= {(i, key): x for key, x in state.items()}
-        return facts, {key: x.detach().as_subclass(torch.Tensor).clone() for key, x in tensors.items()
-                       if isinstance(x, torch.Tensor) and not x.is_meta}
+        tensors = {key: x.detach().as_subclass(torch.Tensor).clone()
+                   for key, x in tensors.items() if isinstance(x, torch.Tensor)}
+        return facts, {key: x for key, x in tensors.items() if not x.is_meta}
 
 
 class EightBit(torch.Tensor):
@@ -1412,7 +1383,6 @@ def flat(s):
 
 NAN, INF = float("nan"), float("inf")
 NO_LORA = ("peft.tuners.lora.layer", "Linear", nn.Identity)
-parametrizations = nn.utils.parametrizations
 NOT_PLAIN = "the weight of 'other' is quantized, sharded, parametrized or on the meta device"
 
 # (message, call, what comes before it)
@@ -1434,7 +1404,7 @@ REFUSED = [
     ("'layers.1.dense' must be an integer in 1..5, got 9",
      lambda s: s.inject(rank=dict(zip(ADAPTED, (1, 1, 1, 9))))),
     ("no targets", lambda s: s.inject(target_modules=[])),
-    ("'layers.0' must .*, not a .*test_elalora.Block", lambda s: s.inject(target_modules=["layers.0"])),
+    ("'layers.0' must .* not a .*elalora.Block", lambda s: s.inject(target_modules=["layers.0"])),
     ("'layers.0.query' must .* got 0", lambda s: s.inject(rank=0)),
     ("'layers.0.query' must .* got 2.0", lambda s: s.inject(rank=2.0)),
     ("'layers.0.query' must .* got True", lambda s: s.inject(rank=True)),
@@ -1454,7 +1424,7 @@ REFUSED = [
     ("the weight of 'q' is on the meta device", lambda s: s.inject(target_modules=["query", "q"]),
      lambda s: s.use(Net(), "q", nn.Linear(6, 5, device="meta"))),
     (r"'w1' matches .*; stacked in 3 dimensions, and not adaptable, are \['gate_up_proj'\]",
-     lambda s: s.inject(target_modules=["w1"]), lambda s: s.use(Experts())),
+     lambda s: s.inject(target_modules=["w1"]), lambda s: s.use(experts())),
     ("the model is adapted already", lambda s: inject(s.model, ["head"], 1)),
     # what needs inject(), and whole matrices
     *[row for call in (merge, orthogonality_penalty, adapter_state_dict, training,
@@ -1482,10 +1452,9 @@ REFUSED = [
         ("b must be an integer >= 0, got -2", (10, 1, 5, 1, -2)),
         ("shape must be one of cubic, .*, got 'cubical'", (10, 1, 5, 1, 2, "cubical"))]],
     # the allocator
-    *[(f"{key} must be an integer >= 1, got {value}", lambda s, change={key: value}: s.allocate(**change))
-      for key in ("k", "min_rank") for value in (0, 1.5, True)],
-    *[(fr"{key} must be in \(0, 1\), got {value}", lambda s, change={key: value}: s.allocate(**change))
-      for key in ("beta1", "beta2") for value in (0.0, 1.0)],
+    *[(f"{key} must be .*, got {value}", lambda s, key=key, value=value: s.allocate(**{key: value}))
+      for key, values in dict(k=(0, 1.5, True), min_rank=(0, 1.5, True), beta1=(0.0, 1.0),
+                              beta2=(0.0, 1.0)).items() for value in values],
     ("the optimizer does not hold 'layers.0.query.P'; .* one for all adapters",
      lambda s: s.allocate(optimizer=torch.optim.SGD(s.model.head.parameters()))),
     ("'layers.0.query.P' is torch.bfloat16, which is too coarse",
@@ -1494,7 +1463,7 @@ REFUSED = [
     ("no gradients: call step.. after optimizer.step.. and before", Stage.step,
      lambda s: s.optimizer.zero_grad()),
     ("'layers.0.query.P' is not the parameter that the optimizer holds", Stage.step, Stage.replace),
-    (r"shape \[5, 3\], its average \[5, 2\]: ranks were loaded without", Stage.step, Stage.other_ranks),
+    (r"shape \[5, 3\], its average \[5, 2\]: ranks were", Stage.step, Stage.other_ranks),
     ("the optimizer's 'prev' of 'layers.0.query.P', a Tensor .* cannot follow when ranks .*AdamW",
      Stage.step, lambda s: s.start(torch.optim.Rprop)),
     ("the optimizer's 'z' of", Stage.step, lambda s: s.start(ScheduleFree)),
@@ -1502,7 +1471,7 @@ REFUSED = [
     ("the loss reaches no adapter: no Lambda has a gradient. .*use_reentrant=False", Stage.step,
      lambda s: s.start("AdamW", reentrant=True)),
     # loading
-    ("unknown to the model: .*layers.9.query.P", lambda s: s.load({"layers.9.query.P": torch.zeros(1)})),
+    ("unknown to the model: .*layers.9.P", lambda s: s.load({"layers.9.P": torch.zeros(1)})),
     (r"head.bias has shape \[7\], .* needs \[2\]", lambda s: s.load({"head.bias": torch.zeros(7)})),
     ("rank of 'layers.0.query' must .* 1..5, got 6", lambda s: s.load(MISFITS["too many"])),
     ("rank of 'layers.0.query' must .* got 0", lambda s: s.load(MISFITS["none"])),
@@ -1513,20 +1482,21 @@ REFUSED = [
     (r"the weight of an adapted layer cannot become \[9, 6\]; resize the model",
      lambda s: setattr(s.query, "weight", nn.Parameter(torch.ones(9, 6)))),
     (r"the bias .* become \[9\]", lambda s: setattr(s.query, "bias", nn.Parameter(torch.ones(9)))),
-    *[(NOT_PLAIN, lambda s: merge(s.plain), lambda s, base=base: s.use(beside(base()))) for base in [
-        lambda: Quantized(6, 5), float8, lambda: nn.utils.spectral_norm(nn.Linear(6, 5)),
-        lambda: parametrizations.weight_norm(nn.Linear(6, 5))]],
+    *[(NOT_PLAIN, lambda s: merge(s.plain), lambda s, base=base: s.use(beside(base())))
+      for base in [lambda: Quantized(6, 5), float8, lambda: nn.utils.spectral_norm(nn.Linear(6, 5)),
+                   lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))]],
     ("the weight of 'layers.0.query' is .* or on the meta device", lambda s: merge(s.model),
      lambda s: s.query.base_layer.to("meta")),
     # the export
-    (r"PEFT cannot name what stands in two places, .*\['2'\]", Stage.export, lambda s: s.use(twice())),
+    (r"what stands in two places, .*\['2'\]", Stage.export, lambda s: s.use(twice())),
     ("or is the model itself", Stage.export, lambda s: s.use(SVDLinear(nn.Linear(4, 4), 2))),
     ("a parameter of the model", Stage.export, lambda s: s.use(hand_trained(""))),
-    (r"PEFT cannot adapt \['layers.0.query', 'layers.0.dense'\]: they are in a module that is saved",
+    (r"PEFT cannot adapt \['layers.0.query', 'layers.0.dense'\]: they are in a module",
      Stage.export, lambda s: s.use(hand_trained("layers.0"))),
-    (r"PEFT cannot adapt \['overhead'\]", Stage.export, lambda s: s.use(named("overhead", saved=["head"]))),
+    (r"PEFT cannot adapt \['overhead'\]", Stage.export,
+     lambda s: s.use(named("overhead", saved=["head"]))),
     # found where an adjustment reads the scores: the step counts, but no weight and no rank changes
-    ("late", r"the optimizer's 'exp_avg' of 'layers.1.dense.P', a Tensor of shape \[3\]", Stage.step,
+    ("late", r"optimizer's 'exp_avg' of 'layers.1.dense.P', a Tensor of shape \[3\]", Stage.step,
      lambda s: s.last("exp_avg", lambda x: torch.zeros(3))),
     ("late", "'exp_avg' of 'layers.1.dense.P', a EightBit of shape", Stage.step,
      lambda s: s.last("exp_avg", lambda x: x.as_subclass(EightBit))),
@@ -1534,7 +1504,7 @@ REFUSED = [
      lambda s: s.last("exp_avg", lambda x: x.to("meta"))),
     ("late", "the highest score of all ranks is inf", Stage.step,
      lambda s: s.last("I_bar", lambda x: x + INF)),
-    ("late", "score of all ranks is 0.0, .*; call step.. after optimizer.step.. and before zero_grad",
+    ("late", "score of all ranks is 0.0, .*; call step.. after optimizer.step.. and before",
      Stage.step, lambda s: (s.start("AdamW"), s.optimizer.zero_grad(set_to_none=False))),
 ]
 
@@ -1561,9 +1531,8 @@ def test_planted_ranks_are_found():
     """On matrices of planted rank 6, 1, 1, 0 the residual ends below any even allocation's."""
     planted, d = [6, 1, 1, 0], 16
     model = nn.Sequential(*(nn.Linear(d, d, bias=False) for _ in planted))
-    deltas = torch.stack(
-        [nn.init.orthogonal_(torch.empty(d, d))[:, :r] @ torch.eye(d)[:r] for r in planted]
-    )
+    deltas = torch.stack([nn.init.orthogonal_(torch.empty(d, d))[:, :r] @ torch.eye(d)[:r]
+                          for r in planted])
     targets = torch.stack([layer.weight.data.clone() for layer in model]) + deltas
     inject(model, ["0", "1", "2", "3"], 2)
     optimizer = torch.optim.AdamW(trainable(model), 2e-2, weight_decay=0.0)
@@ -1580,6 +1549,5 @@ def test_planted_ranks_are_found():
         rate.step()
     found = torch.stack([layer.delta_weight() for layer in model]).detach()
     residual = ((found - deltas).square().sum() / deltas.square().sum()).item()
-    assert residual < (6 - 2) / 8  # Eckart-Young at rank 2 everywhere
-    assert residual < (6 - 5) / 8 + 0.01  # nearly the best that 8 ranks can do
+    assert residual < (6 - 5) / 8 + 0.01  # nearly the best of 8 ranks; the even 2 leave (6 - 2) / 8
     assert list(allocator.ranks().values()) == [5, 1, 1, 1]
