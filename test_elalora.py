@@ -255,14 +255,6 @@ def adjusted(model, optimizer, allocator, step=0):
     return adjustment
 
 
-def saved_and_loaded(state):
-    """Through a file, as it is opened without trust."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def test_elalora_needs_torch_alone():
     """It imports the standard library and torch, and in export_peft alone safetensors."""
     source = Path(elalora.__file__).read_text()
@@ -766,7 +758,10 @@ class Training(RuleBasedStateMachine):
         """From a file, by what is trained or by a whole state_dict, into a model of other ranks."""
         model, optimizer, _ = self.twin
         state = dict(model.state_dict()) if whole else adapter_state_dict(model)
-        state, optimizer_state = saved_and_loaded((state, optimizer.state_dict()))
+        file = io.BytesIO()
+        torch.save((state, optimizer.state_dict()), file)
+        file.seek(0)
+        state, optimizer_state = torch.load(file, weights_only=True)
         self.twin = resumed, optimizer, allocator = self.built(rank)
         parameters = list(resumed.parameters())
         loss_of(resumed).backward()  # gradients of the old shape go, the Parameters stay
@@ -1042,11 +1037,12 @@ def test_disabled_adapters_leave_the_base():
 
 
 # ---- After training: saving and loading ----
-def by_hand(model):
+def by_hand(model, owner=""):
     """What users train beside adapters: a norm, a head that was replaced, a bare parameter."""
     model.norm.weight.requires_grad_(True)
     model.head = nn.Linear(6, 2)
-    model.scale = nn.Parameter(torch.ones(3))
+    if owner is not None:
+        model.get_submodule(owner).scale = nn.Parameter(torch.ones(3))
     return model
 
 
@@ -1127,16 +1123,6 @@ def named(*adapted, saved=()):
     return model
 
 
-def hand_trained(owner=""):
-    """Of which PEFT can name all but a bare parameter."""
-    model = by_hand(adapted_net())
-    scale = model.scale
-    del model.scale
-    if owner is not None:
-        model.get_submodule(owner).scale = scale
-    return model
-
-
 def checkpointed(model):
     from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
     model.layers[0] = wrapper.checkpoint_wrapper(model.layers[0])
@@ -1156,7 +1142,7 @@ def gpt2_like():
 
 EXPORTS = {
     "head": lambda: adapted_net(dropout=0.125),
-    "trained by hand": lambda: hand_trained(None),
+    "trained by hand": lambda: by_hand(adapted_net(), None),
     "batch norm": lambda: adapted_net(norm=nn.BatchNorm1d, modules_to_save=[]),
     "compiled": lambda: inject(torch.compile(Net()), ["query"], 2, modules_to_save=["head"]),
     "DDP": lambda: nn.parallel.DistributedDataParallel(adapted_net()),
@@ -1347,23 +1333,12 @@ def of_module(module, name, base=nn.Module):
     return type(name, (base,), dict(__module__=module, __qualname__=name))()
 
 
-def float8():
-    linear = nn.Linear(6, 5)
-    linear.weight = nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    return linear
-
-
 def beside(base):
     """An adapted layer that cannot be merged beside one that can."""
     return inject(nn.ModuleDict(dict(plain=nn.Linear(6, 6), other=base)), ["plain", "other"], 2)
 
 
-def flat(s):
-    s.query.base_layer.weight.data = torch.empty(0)
-
-
 NAN, INF = float("nan"), float("inf")
-NO_LORA = ("peft.tuners.lora.layer", "Linear", nn.Identity)
 NOT_PLAIN = "the weight of 'other' is quantized, sharded, parametrized or on the meta device"
 
 # (message, call, what comes before it)
@@ -1399,7 +1374,7 @@ REFUSED = [
     ("'out' would be both", lambda s: s.inject(target_modules=["out"], modules_to_save=["embed"]),
      lambda s: s.use(tied())),
     ("the model has adapters of PEFT; merge them first", lambda s: s.inject(),
-     lambda s: s.use(Net(), "lora", of_module(*NO_LORA))),
+     lambda s: s.use(Net(), "lora", of_module("peft.tuners.lora", "Linear", nn.Identity))),
     ("'q' must be a torch.nn.Linear, not a awq.nn.Linear", lambda s: s.inject(target_modules=["q"]),
      lambda s: s.use(Net(), "q", of_module("awq.nn", "Linear"))),
     ("the weight of 'q' is on the meta device", lambda s: s.inject(target_modules=["query", "q"]),
@@ -1412,7 +1387,8 @@ REFUSED = [
                        lambda model: adapters_disabled(model).__enter__())
       for row in [("call inject.model, .... first", lambda s, call=call: call(s.plain)),
                   ("'layers.0.query' is in flat shards .*fully_shard",
-                   lambda s, call=call: call(s.model), flat)]],
+                   lambda s, call=call: call(s.model),
+                   lambda s: setattr(s.query.base_layer.weight, "data", torch.empty(0)))]],
     # resizing
     (r"keep must have distinct ranks of 0..1, at least one, got \[\]",
      lambda s: resize(s.query, [], 1, None, {})),
@@ -1464,16 +1440,17 @@ REFUSED = [
      lambda s: setattr(s.query, "weight", nn.Parameter(torch.ones(9, 6)))),
     (r"the bias .* become \[9\]", lambda s: setattr(s.query, "bias", nn.Parameter(torch.ones(9)))),
     *[(NOT_PLAIN, lambda s: merge(s.plain), lambda s, base=base: s.use(beside(base())))
-      for base in [lambda: Quantized(6, 5), float8, lambda: nn.utils.spectral_norm(nn.Linear(6, 5)),
+      for base in [lambda: Quantized(6, 5), lambda: nn.Linear(6, 5).to(torch.float8_e4m3fn),
+                   lambda: nn.utils.spectral_norm(nn.Linear(6, 5)),
                    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))]],
     ("the weight of 'layers.0.query' is .* or on the meta device", lambda s: merge(s.model),
      lambda s: s.query.base_layer.to("meta")),
     # the export
     (r"what stands in two places, .*\['2'\]", Stage.export, lambda s: s.use(twice())),
     ("or is the model itself", Stage.export, lambda s: s.use(SVDLinear(nn.Linear(4, 4), 2))),
-    ("a parameter of the model", Stage.export, lambda s: s.use(hand_trained(""))),
+    ("a parameter of the model", Stage.export, lambda s: s.use(by_hand(adapted_net(), ""))),
     (r"PEFT cannot adapt \['layers.0.query', 'layers.0.dense'\]: they are in a module",
-     Stage.export, lambda s: s.use(hand_trained("layers.0"))),
+     Stage.export, lambda s: s.use(by_hand(adapted_net(), "layers.0"))),
     (r"PEFT cannot adapt \['overhead'\]", Stage.export,
      lambda s: s.use(named("overhead", saved=["head"]))),
     # found where an adjustment reads the scores: the step counts, but no weight and no rank changes
