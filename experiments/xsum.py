@@ -1,4 +1,4 @@
-"""Section 4.3: an encoder-decoder, BART-base in the paper, on XSum (Tables 3 and 8).
+"""Section 4.3: an encoder-decoder, BART-base in the paper, on XSum (Table 3).
 
 The paper names BART-large once; its parameter counts, in Table 3, are those of BART-base.
 """
@@ -9,18 +9,16 @@ import torch
 import transformers
 from torch import nn
 
-from experiments.common import (
+from experiments.data import (
     by_length, epoch_batches, load_splits, matrices, mean_loss, predictions, pretrained, some)
-from experiments.problem import DEVICE, Config, Problem, Recipe, by_rank
+from experiments.problem import DEVICE, Problem
+from experiments.tables import Config, Recipe
 
 HUB = "EdinburghNLP/xsum"
 ARTICLE_TOKENS, SUMMARY_TOKENS = 1024, 160  # the released script's; Table 8 has none
 BEAMS, DECODING_BATCH = 8, 64
 KINDS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # cross-attention's, too
 ROUGE = ("rouge1", "rouge2", "rougeL")
-RECIPES = {"xsum": by_rank(
-    (2, 6), 32, 5e-4, 2, 1500, 3000, 200, b=(2, 3), k=(1, 2),
-    paper=[dict(zip(ROUGE, scores)) for scores in ((.3724, .1466, .2976), (.3800, .1530, .3042))])}
 
 
 def rouge(found: list[str], references: list[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What GLUE, XSum and VTAB share: checks, pre-trained models, data sets, batches, predictions."""
+"""What GLUE, XSum and VTAB share: pre-trained models, data sets, batches, predictions."""
 
 import hashlib
 import math
@@ -14,8 +14,8 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from experiments import problem as shared
-from experiments.problem import (
-    DEVICE, Config, Recipe, autocast, chosen, mean_of_processes, seed_of)
+from experiments.problem import DEVICE, autocast, chosen, mean_of_processes, seed_of
+from experiments.tables import Config, Recipe
 
 
 # ---- What a command checks first ----
