@@ -26,7 +26,7 @@ from experiments.tables import (
 def make_parser() -> argparse.ArgumentParser:
     """Every argument, its default and its meaning."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        prog="reproduce.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     tasks = [f"{name}: {' '.join(family.tasks)}" for name, family in FAMILIES.items()]
     models = [family.model for family in FAMILIES.values() if family.model]
@@ -202,6 +202,7 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None
     runs = [(replace(config, processes=shared.PROCESSES), recipe) for config, recipe in runs]
     folders = [folder_of(config, args.output_dir) for config, _ in runs]
     check_files(args.model, args.data_dir, folders)
+    report.page_of(Path(args.output_dir), args.task)  # raises if others' pages are there
     ranks = read_ranks(args.ranks) if args.ranks else None
     for config, recipe in runs:
         if ranks and statistics.fmean(ranks.values()) != config.rank:
@@ -217,8 +218,8 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None
         lines = report.describe(results or run(config, recipe, ranks, folder))
         print(*lines, f"  {'finished before' if results else 'written'}: {folder}", sep="\n",
               flush=True)
-    if shared.PROCESS == 0:
-        print(report.compare(Path(args.output_dir), asdict(config)))
+    if shared.PROCESS == 0 and (tables := report.compare(Path(args.output_dir), asdict(config))):
+        print(tables)
 
 
 def main(argv: list[str] | None = None) -> None:
