@@ -54,7 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="for choosing settings: the data that results are reported on stay unseen.\n"
         "GLUE: nine tenths of the training split are trained on, one tenth is evaluated;\n"
         "sst2_heldout: 2,000 phrases kept for this; XSum: validation; VTAB: val200")
-    add("--dtype", choices=("float32", "bfloat16"), help="of autocast; default: float32")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of autocast; default: float32. CPUs without bfloat16 are slow in it")
     add("--output-dir", default="runs", help="default: runs")
     add("--resume", action="store_true", help="go on where unfinished runs had a checkpoint")
     return parser
@@ -108,10 +109,10 @@ from torch import distributed
 
 from experiments import figures, report
 from experiments import problem as shared
-from experiments.data import check_files, warn_of_slow_bfloat16
+from experiments.data import check_files
 from experiments.methods import METHODS as CLASSES
 from experiments.problem import DEVICE, Problem, commit, trained, versions
-from experiments.tables import fit_phases, papers_result, papers_steps
+from experiments.tables import fit_phases, papers_result, papers_run
 from experiments.training import check_same, make_problem, rounded, train
 
 
@@ -126,7 +127,7 @@ def run(config: Config, recipe: Recipe, ranks: dict[str, int] | None, folder: Pa
     problem = make_problem(config, recipe)
     total = recipe.epochs * problem.steps_per_epoch
     recipe = fit_phases(recipe, config, total)
-    print(f"{total:,} steps (the paper: {papers_steps(config):,}): warm-up {recipe.warmup:,}, "
+    print(f"{total:,} steps (the paper: {papers_run(config)[1]:,}): warm-up {recipe.warmup:,}, "
           f"stabilization {recipe.stabilize:,}, adjustments every {recipe.interval:,}", flush=True)
     method = CLASSES[config.method](problem, config, recipe, ranks)
     log = train(problem, method, config, folder / "checkpoint.pt")
@@ -213,7 +214,6 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None
                 f"{shared.PROCESSES} processes cannot share batches of {recipe.batch_size}")
     known = [earlier(config, folder, ranks, args.resume)
              for (config, _), folder in zip(runs, folders)]
-    warn_of_slow_bfloat16(args.dtype)
     for (config, recipe), folder, results in zip(runs, folders, known):
         lines = report.describe(results or run(config, recipe, ranks, folder))
         print(*lines, f"  {'finished before' if results else 'written'}: {folder}", sep="\n",

@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
@@ -33,15 +32,6 @@ def check_files(model: str | None, data_dir: str | None, folders: list[Path]) ->
         raise ValueError(f"--model: {model} is no folder with a config.json")
     if data_dir and not Path(data_dir).is_dir():
         raise ValueError(f"--data-dir: {data_dir} is no folder")
-
-
-def warn_of_slow_bfloat16(dtype: str | None) -> None:
-    """Says on stderr if a CPU without instructions for bfloat16 is to compute in it."""
-    if dtype == "bfloat16" and DEVICE == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        if not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
-            print("warning: this CPU has no instructions for bfloat16; it may be 20 times slower "
-                  "here than float32", file=sys.stderr)
 
 
 # ---- Models ----

@@ -20,16 +20,14 @@ from experiments.tables import Config, Recipe
 
 
 class Method:
-    """What the loop calls. Here nothing is adapted, scored, penalized or moved."""
+    """What the loop calls. Here no rank is adapted: only the problem's heads train, which is the
+    benchmark's floor. Raises ValueError if the schedule or the ranks do not fit."""
     singular_values = ""  # how the names of such parameters end
     t = 0  # steps done
 
     def __init__(self, problem: Problem, config: Config, recipe: Recipe,
                  ranks: dict[str, int] | None = None):
-        """ranks: module -> its first rank; by default config.rank for every module.
-
-        Raises ValueError if the schedule or the ranks do not fit.
-        """
+        """ranks: module -> its first rank; by default config.rank for every module."""
         self.problem, self.config, self.recipe = problem, config, recipe
         total = recipe.epochs * problem.steps_per_epoch
         self.schedule = elalora.RankSchedule(total, recipe.warmup, recipe.stabilize,
@@ -46,6 +44,11 @@ class Method:
 
     def adapt(self, ranks: dict[str, int]) -> None:
         """Puts adapters into the problem's model, and freezes the rest but for its heads."""
+        for name, w in self.problem.model.named_parameters():
+            w.requires_grad_(not {*name.split(".")}.isdisjoint(self.problem.heads))
+        for name in self.problem.targets:  # gradients go back to all that others adapt
+            self.problem.model.get_submodule(name).register_forward_hook(
+                lambda module, inputs, y: None if y.requires_grad else y.requires_grad_())
 
     def penalty(self) -> Tensor | None:
         """What is added to the loss, weighted; a scalar."""
@@ -64,10 +67,11 @@ class Method:
 
     def parameters(self) -> int:
         """How many weights the present ranks have: two vectors each, and a singular value."""
-        sizes = {name: sum(self.problem.model.get_submodule(name).base_layer.weight.shape)
-                 for name in self.ranks()}
-        return sum(rank * (sizes[name] + bool(self.singular_values))
-                   for name, rank in self.ranks().items())
+        count = 0
+        for name, rank in self.ranks().items():
+            shape = self.problem.model.get_submodule(name).base_layer.weight.shape
+            count += rank * (sum(shape) + bool(self.singular_values))
+        return count
 
     def state_dict(self) -> dict:
         """What is neither in the trained weights nor in the optimizer and its scheduler."""
@@ -78,16 +82,6 @@ class Method:
 
     def export(self, folder: Path) -> None:
         """Writes the adapter."""
-
-
-class Frozen(Method):
-    """The floor of the benchmark: all passes of training, but only the heads train."""
-
-    def adapt(self, ranks: dict[str, int]) -> None:
-        for name, w in self.problem.model.named_parameters():
-            w.requires_grad_(not {*name.split(".")}.isdisjoint(self.problem.heads))
-        self.problem.model.get_input_embeddings().register_forward_hook(
-            lambda module, inputs, output: output.requires_grad_())
 
 
 class ElaLoRA(Method):
@@ -233,5 +227,4 @@ class AdaLoRA(LoRA):
         self.adapted.peft_config["default"].rank_pattern = pattern  # PEFT renamed its keys
 
 
-METHODS = {"elalora": ElaLoRA, "svd": EvenRanks, "lora": LoRA, "adalora": AdaLoRA,
-           "frozen": Frozen}
+METHODS = {"elalora": ElaLoRA, "svd": EvenRanks, "lora": LoRA, "adalora": AdaLoRA, "frozen": Method}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from elalora import RankSchedule
 from experiments.methods import METHODS as CLASSES
 from experiments.tables import (
-    FAMILIES, FAMILY_OF, METHODS, SETTINGS, Config, fit_phases, papers_result, papers_steps,
+    FAMILIES, FAMILY_OF, METHODS, SETTINGS, Config, fit_phases, papers_result, papers_run,
     recipe_of, settings_of,
 )  # fmt: skip
 
@@ -32,7 +32,7 @@ def test_every_row_searches(task):
     """In the paper's number of steps the first budget is b, and the last adjustment is in time."""
     for rank in FAMILIES[FAMILY_OF[task]].tasks[task].recipes:
         asked = config(task=task, rank=rank)
-        recipe, total = recipe_of(asked), papers_steps(asked)
+        recipe, total = papers_run(asked)
         assert fit_phases(recipe, asked, total) == recipe
         schedule = RankSchedule(
             total, recipe.warmup, recipe.stabilize, recipe.interval, recipe.b, recipe.shape
@@ -47,7 +47,7 @@ def test_every_row_searches(task):
     stsb=2_250, xsum=12_754, cifar=5_000, planted=1_000).items())  # fmt: skip
 def test_the_papers_steps_are_its_epochs_of_whole_batches(task, steps):
     """Counted by hand from the data's sizes and the tables' batch sizes."""
-    assert papers_steps(config(task=task)) == steps
+    assert papers_run(config(task=task))[1] == steps
 
 
 def test_a_rank_takes_the_row_of_the_nearest():
@@ -103,9 +103,10 @@ def test_a_setting_out_of_its_range_is_refused(name):
 def test_phases_keep_their_shares_of_any_run(total, task):
     """To less than a step, so that a run of two steps and more always has a schedule."""
     asked = config(task=task)
-    table, recipe = recipe_of(asked), fit_phases(recipe_of(asked), asked, total)
+    table, steps = papers_run(asked)
+    recipe = fit_phases(table, asked, total)
     for name in ("warmup", "stabilize", "interval"):
-        share = Fraction(getattr(table, name), papers_steps(asked))
+        share = Fraction(getattr(table, name), steps)
         least = 1 if name == "interval" else 0
         assert getattr(recipe, name) == max(least, int(share * total))
     RankSchedule(total, recipe.warmup, recipe.stabilize, recipe.interval, recipe.b)
