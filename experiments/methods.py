@@ -11,7 +11,7 @@ import peft
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import elalora
 from experiments import report

@@ -9,10 +9,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import distributed, nn
 from transformers import BatchEncoding
 
-from experiments import data, glue
+from experiments import data, glue, vtab, xsum
 from experiments import problem as shared
 from experiments.conftest import config_of, make_problem, write_glue
 from experiments.problem import chosen
@@ -42,19 +43,6 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
     torch.manual_seed(1)
     assert epoch(20) == first and sorted(sum(first, [])) == [*range(20)]
     assert epoch(20, number=2) != first and epoch(20, seed=1) != first
-
-
-@pytest.mark.parametrize("size, count", [(10, 1), (10, 2), (11, 2), (12, 3)])
-def test_the_shares_of_the_processes_join_to_the_batches_of_one(size, count, processes):
-    """Batch by batch; rows that are missing from equal shares are filled up with others."""
-    whole, shares = epoch(size), []
-    for process in range(count):
-        processes(process, count)
-        shares.append(epoch(size))
-    for expected, *parts in zip(whole, *shares, strict=True):
-        assert len({len(part) for part in parts}) == 1
-        joined = sum(parts, [])
-        assert {*joined} >= {*expected} and len(joined) - len(expected) < count
 
 
 def test_the_held_out_tenth_is_the_same_for_every_seed():
@@ -101,9 +89,8 @@ def test_a_batch_is_split_into_chunks_of_like_length():
     assert chunks == [[*range(i, i + n)] for i in range(1, 13, n)]
 
 
-def test_the_loss_is_the_mean_over_all_labels_of_all_processes(monkeypatch):
-    """However rows with unlike numbers of labels are shared by processes, and by their chunks."""
-    torch.manual_seed(0)
+def test_the_loss_of_a_batch_in_chunks_is_the_mean_over_all_its_labels():
+    """However rows with unlike numbers of labels are chunked; so is its gradient."""
     scores = nn.Linear(5, 7).to(shared.DEVICE)
     rows = [torch.randint(7, (n,)) for n in (1, 9, 2, 5, 3, 3)]
 
@@ -116,17 +103,11 @@ def test_the_loss_is_the_mean_over_all_labels_of_all_processes(monkeypatch):
         x = torch.sin(labels[..., None] + torch.arange(5.0))
         return BatchEncoding(dict(x=x, labels=labels))
 
-    config, counts = Config("rte", "elalora", 4, 0), []
-    whole = data.mean_loss(model, [chunk(rows)], config)
-    expected = torch.autograd.grad(whole, scores.weight)
-    monkeypatch.setattr(data, "mean_of_processes", lambda n: counts.append(int(n)) or 23 / 2)
-    losses = [
-        data.mean_loss(model, [chunk(rows) for rows in share], config)
-        for share in ([rows[:1], rows[1:3]], [rows[3:5], rows[5:]])
-    ]
-    assert counts == [12, 11]
-    torch.testing.assert_close(sum(losses) / 2, whole)
-    torch.testing.assert_close(torch.autograd.grad(sum(losses) / 2, scores.weight), expected)
+    config, ends = Config("rte", "elalora", 4, 0), []
+    for chunks in ([rows], [rows[:1], rows[1:3], rows[3:]]):
+        loss = data.mean_loss(model, [chunk(part) for part in chunks], config)
+        ends.append((loss, *torch.autograd.grad(loss, scores.weight)))
+    torch.testing.assert_close(*ends)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -176,6 +157,43 @@ def test_a_hub_data_set_with_a_loading_script_is_read_from_its_conversion(monkey
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert data.load_splits(None, "hub/name", None, ["a"], ["train"]) == [rows["train"]]
     assert asked == [("hub/name", None, None), ("hub/name", None, "refs/convert/parquet")]
+
+
+# ---- What is adapted ----
+BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+BART = dict(d_model=768, encoder_layers=6, decoder_layers=6, encoder_ffn_dim=3072,
+            decoder_ffn_dim=3072)  # fmt: skip
+TEXT, IMAGE = "ForSequenceClassification", "ForImageClassification"
+
+
+@pytest.mark.parametrize("name, head, sizes, kinds, count, size", [
+    ("DebertaV2", TEXT, BASE, glue.adapted_kinds, 72, 165_888),  # 0.33 M at rank 2
+    ("Bert", TEXT, BASE, glue.adapted_kinds, 72, 165_888),
+    ("Roberta", TEXT, BASE, glue.adapted_kinds, 72, 165_888),
+    ("Bart", "ForConditionalGeneration", BART, lambda model: xsum.KINDS, 96, 202_752),  # 0.41 M
+    ("ViT", IMAGE, BASE, lambda model: vtab.KINDS, 60, 147_456),  # 1.18 M at rank 8
+    ("CLIP", IMAGE, {}, lambda model: vtab.KINDS, 60, 147_456),
+    ("Dinov2", IMAGE, {}, lambda model: vtab.KINDS, 60, 147_456)])  # fmt: skip
+def test_what_the_paper_adapts_is_found_by_its_names(name, head, sizes, kinds, count, size):
+    """With as many weights at rank 1 as the parameters of Tables 2 to 4 say."""
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    with torch.device("meta"):
+        model = getattr(transformers, name + head)(config)
+    names = data.matrices(model, kinds(model), Config("rte", "elalora", 1, 0))
+    shapes = [model.get_submodule(n).weight.shape for n in names]
+    assert (len(names), sum(map(sum, shapes))) == (count, size)
+    with pytest.raises(ValueError, match="--model: x has no matrices named c_attn; this task"):
+        data.matrices(model, ["c_attn"], Config("rte", "elalora", 1, 0, model="x"))
+
+
+@pytest.mark.parametrize("name, heads", [
+    ("Bert", ["pooler", "classifier"]), ("Roberta", ["classifier"]),
+    ("DebertaV2", ["pooler", "classifier"])])  # fmt: skip
+def test_what_a_checkpoint_of_an_encoder_lacks_is_trained(name, heads):
+    with torch.device("meta"):
+        config = getattr(transformers, f"{name}Config")(num_hidden_layers=1)
+        model = getattr(transformers, name + TEXT)(config)
+    assert glue.find_heads(model) == heads
 
 
 def test_targets_choose_matrices_by_the_ends_of_their_names():

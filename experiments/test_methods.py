@@ -20,7 +20,7 @@ from experiments.conftest import (
     FAMILY_TASKS, array, config_of, end_of, make, make_problem, weights_of,
 )  # fmt: skip
 from experiments.methods import METHODS
-from experiments.problem import DEVICE, trained
+from experiments.problem import trained
 from experiments.training import train_step
 
 

@@ -17,7 +17,7 @@ from torch import distributed
 import reproduce
 from experiments import problem as shared
 from experiments import training
-from experiments.conftest import ROWS, arguments_of, config_of, end_of, make
+from experiments.conftest import arguments_of, config_of, end_of, make
 from experiments.training import train
 
 

@@ -1,6 +1,5 @@
 """The laws of experiments/vtab.py: what is adapted, what is read, what is evaluated."""
 
-import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -11,47 +10,9 @@ import torch
 import transformers
 from PIL import Image
 
-import elalora
 from experiments import vtab
-from experiments.conftest import VISION, config_of, make_problem
-from experiments.data import matrices
-from experiments.tables import Config, recipe_of
-
-CIFAR = Config("cifar", "elalora", 2, 0)
-
-
-def adapted_kinds(model):
-    model = elalora.inject(model, matrices(model, vtab.KINDS, CIFAR), 1)
-    names = [n for n, module in model.named_modules() if isinstance(module, elalora.SVDLinear)]
-    return {re.sub(r".*\.\d+\.", "", name) for name in names}, len(names)
-
-
-def test_adapters_have_the_size_of_table_4():
-    """Query, key, value and both layers of the MLP of ViT-B/16 at rank 8: 1.19 M with a head."""
-    with torch.device("meta"):
-        model = transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=10))
-    elalora.inject(model, matrices(model, vtab.KINDS, CIFAR), 8)
-    sizes = {n: w.numel() for n, w in model.named_parameters() if w.requires_grad}
-    singular_values = sum(size for name, size in sizes.items() if name.endswith(".Lambda"))
-    assert sum(sizes.values()) - singular_values == 1_179_648 and singular_values == 60 * 8
-    assert round((sum(sizes.values()) + model.classifier.weight.numel()) / 1e6, 2) == 1.19
-
-
-def test_other_vision_transformers_are_adapted_by_the_same_names():
-    """CLIP's and DINOv2's matrices are found; a model without them is refused by name."""
-    clip = transformers.CLIPVisionConfig(**VISION)
-    clip = transformers.CLIPConfig(vision_config=clip.to_dict(), num_labels=3)
-    dino = transformers.Dinov2Config(**VISION, mlp_ratio=2, num_labels=3)
-    for model in (
-        transformers.CLIPForImageClassification(clip),
-        transformers.Dinov2ForImageClassification(dino),
-    ):
-        kinds, n = adapted_kinds(model)
-        assert n == 2 * 5 and {kind.split(".")[-1] for kind in kinds} == {*vtab.KINDS}
-        assert any(name == "classifier" for name, _ in model.named_modules())
-    convnext = transformers.ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
-    with pytest.raises(ValueError, match="no matrices named q_proj, k_proj, v_proj, fc1, fc2"):
-        matrices(transformers.ConvNextForImageClassification(convnext), vtab.KINDS, CIFAR)
+from experiments.conftest import config_of, make_problem
+from experiments.tables import recipe_of
 
 
 def test_a_zip_and_its_folder_hold_the_same_examples(world, tmp_path, monkeypatch):
