@@ -79,9 +79,9 @@ class SVDLinear(nn.Module):
         d_out, d_in = _sizes(base_layer)
         nothing = torch.empty(0, dtype=torch.float32, device="cpu")
         P, Q = new_ranks(nothing.view(d_out, 0), nothing.view(0, d_in), rank, generator)
-        self.P = nn.Parameter(P.to(device))  # (d_out, r)
+        self.P = nn.Parameter(P.contiguous().to(device))  # (d_out, r)
         self.Lambda = nn.Parameter(self.P.new_zeros(rank))  # (r,)
-        self.Q = nn.Parameter(Q.to(device))  # (r, d_in)
+        self.Q = nn.Parameter(Q.contiguous().to(device))  # (r, d_in)
         self.register_buffer("scaling", self.P.new_tensor(alpha / rank))
         self.dropout = nn.Dropout(dropout)
         self.base_layer = base_layer.requires_grad_(False)
@@ -432,7 +432,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     layers = _adapted(model)
     for name, layer in layers.items():
-        _require(_is_plain(layer.base_layer), f"the weight of {name!r} is quantized, sharded, "
+        _require(_is_plain(layer), f"the weight of {name!r} is quantized, sharded, "
                  "parametrized or on the meta device; make it a plain one before merging")
     for layer in layers.values():
         base = layer.base_layer
@@ -602,7 +602,7 @@ def _updated_weight(layer: SVDLinear) -> Tensor:
     type and device can be read: computing with this weight raises ValueError."""
     base = layer.base_layer
     W0 = base.weight
-    if not _is_plain(base):
+    if not _is_plain(layer):
         return Tensor._make_wrapper_subclass(_NoNumbers, W0.shape, dtype=W0.dtype, device=W0.device)
     return W0 if layer.disabled else (W0 + _turned(base, layer.delta_weight())).to(W0.dtype)
 
@@ -643,12 +643,16 @@ def _shapes(base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
     return {"P": (d_out, rank), "Lambda": (rank,), "Q": (rank, d_in)}
 
 
-def _is_plain(base: nn.Module) -> bool:
-    """Whether the weight is a matrix of numbers that can be added to."""
-    weight = base._parameters.get("weight")  # weight_norm() takes it out of there
-    return (type(weight) is nn.Parameter and not weight.is_meta and weight.ndim == 2
-            and math.prod(_sizes(base)) == weight.numel() and weight.is_floating_point()
-            and weight.element_size() >= 2)  # float8 would need its scale
+def _is_plain(layer: SVDLinear) -> bool:
+    """Whether the base's weight is a matrix of numbers that can be added to."""
+    weight = layer.base_layer._parameters.get("weight")  # weight_norm() takes it out of there
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
+    if not plain or weight.element_size() < 2:  # float8 would need its scale
+        return False
+    delta = _turned(layer.base_layer, layer.P[:, :1] * layer.Q[:1])
+    _require(weight.shape == delta.shape, f"a base weight became {[*weight.shape]}, its update is "
+             f"{[*delta.shape]}; resize the model (add tokens) before inject()")
+    return True
 
 
 # ---- What RankAllocator reads and writes ----
