@@ -3,10 +3,10 @@
 """ElaLoRA in one file: low-rank adapters whose ranks move to the matrices that need them.
 
 A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. A rank is a column of P,
-its singular value in Lambda, and its row of Q. Every rank has a score: the smoothed sensitivity of
-the loss to its weights, times the uncertainty of that sensitivity. At scheduled steps the b ranks
-with the lowest scores are pruned, whichever matrices they are in. As many new ranks go to the
-matrices whose own lowest scores are the highest. So the sum of all ranks never changes.
+its singular value in Lambda, and its row of Q. Its score is the smoothed sensitivity of the loss to
+these weights, times the uncertainty of that sensitivity. At scheduled steps the b ranks with the
+lowest scores are pruned, in whichever matrices they are. As many new ranks go to the matrices whose
+own lowest scores are the highest. So the sum of all ranks never changes.
 
     inject(model, ["query", "value"], rank=4, modules_to_save=["classifier"])
     weights = [w for w in model.parameters() if w.requires_grad]
@@ -73,8 +73,7 @@ class SVDLinear(nn.Module):
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0,
                  generator: torch.Generator | None = None):
         super().__init__()
-        _check_layer("base_layer", base_layer, rank)
-        _check_numbers(alpha, dropout)
+        _check_layer("base_layer", base_layer, rank, alpha, dropout)
         device = base_layer.weight.device
         d_out, d_in = _sizes(base_layer)
         nothing = torch.empty(0, dtype=torch.float32, device="cpu")
@@ -83,6 +82,7 @@ class SVDLinear(nn.Module):
         self.Lambda = nn.Parameter(self.P.new_zeros(rank))  # (r,)
         self.Q = nn.Parameter(Q.contiguous().to(device))  # (r, d_in)
         self.register_buffer("scaling", self.P.new_tensor(alpha / rank))
+        self.max_rank = min(d_out, d_in)
         self.dropout = nn.Dropout(dropout)
         self.base_layer = base_layer.requires_grad_(False)
         self.disabled = False  # see adapters_disabled()
@@ -102,7 +102,7 @@ class SVDLinear(nn.Module):
 
     @property
     def rank(self) -> int:
-        """The present number of ranks, r."""
+        """The present number of ranks, r. It can grow up to max_rank."""
         return len(self.Lambda)
 
 
@@ -111,9 +111,9 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
 
     Ours: it is the mean over the adapted matrices. Add it to the loss, weighted by 0.1.
     """
-    layers = _adapted(model).values()
+    layers = _adapted(model)
     same_shape = defaultdict(list)  # few large operations are faster than many small ones
-    for layer in layers:
+    for layer in layers.values():
         for rows in (layer.P.T, layer.Q):  # (r, d), to be orthonormal
             same_shape[rows.shape, rows.device].append(rows)
     R = []
@@ -132,8 +132,7 @@ def update_averages(w: Tensor, gradient: Tensor, I_bar: Tensor, U_bar: Tensor, b
     """Eq. 1 and 3: the next I_bar and U_bar of weights w; all have the shape of w.
 
     Algorithm 1 scores after the update: w is the new weight, the gradient is that at the old one.
-    A score is I_bar times U_bar, as in PLATON. So a weight whose sensitivity still fluctuates is
-    not called unimportant too early.
+    A score is I_bar * U_bar: what still fluctuates is not called unimportant too early (PLATON).
     """
     I = (w * gradient).abs()  # eq. 1
     I_bar = beta1 * I_bar + (1 - beta1) * I  # eq. 3
@@ -163,10 +162,10 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
         3. prune          1 (A), 2 (B)                              b from the front
         4. grow           C and B                                   b from the back, one rank each
 
-    Ours: a matrix keeps min_rank ranks. A candidate that cannot go can still win growth, as C's
-    does. A matrix at its max_rank cannot grow. If fewer than b can go or grow, both numbers fall
-    alike. A candidate is pruned or retained, so a matrix loses and gains at most k ranks together.
-    Equal scores are ordered by matrix, then by index: pruning takes the first, growth the last.
+    A candidate is either pruned or can win growth, so a matrix loses and gains at most k ranks.
+    Ours: a matrix keeps min_rank ranks; what cannot go can win growth, as C's rank does. A matrix
+    with max_ranks cannot grow. If fewer than b ranks can go or grow, as many go as grow. Equal
+    scores are sorted by matrix, then by index: pruning takes the first, growth the last.
     """
     candidates: list[Candidate] = []
     prunable: list[Candidate] = []
@@ -184,8 +183,8 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
         for candidate in reversed(candidates):  # step 4
             name = candidate.name
             if len(grown) < n and candidate not in pruned and rank[name] < max_ranks[name]:
-                rank[name] += 1
                 grown.append(name)
+                rank[name] += 1
         if len(grown) == n:
             indices = defaultdict(list)
             for candidate in sorted(pruned, key=lambda candidate: candidate.index):
@@ -227,9 +226,8 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     Ours: a new rank has a singular value of 0, so the output does not change. Parameters stay the
     same objects. states is optimizer.state or {}: there, too, a retained rank keeps what it had,
     and a new one has 0. Adam's step count stays, so the n-th update of a new rank can be as long as
-    (1 - 0.9^n) / (1 - 0.999^n)^0.5 learning rates, at most 6.6 (n = 12).
-
-    Raises ValueError, before any change, if keep is not distinct ranks, or if there is no room.
+    (1 - 0.9^n) / (1 - 0.999^n)^0.5 learning rates, at most 6.6 (n = 12). Raises ValueError, before
+    any change, if keep is empty or not distinct ranks, or if there is no room.
     """
     _check_resize(layer, keep, n_new)
     kept_P = _take(layer.P, keep, RANK_DIM["P"])  # (d_out, kept)
@@ -300,10 +298,10 @@ class Adjustment:
 class RankAllocator:
     """Algorithm 1: moves ranks between the matrices of an injected model while it trains.
 
-    Its state is part of the optimizer's, so whatever saves and loads the optimizer resumes the
-    search. select() explains k and min_rank, update_averages() beta1 and beta2. The seed decides
-    new directions. Raises ValueError if a number is out of range, if the optimizer lacks weights of
-    an adapter, or if a factor is shorter than float32.
+    Its state is the optimizer's: whatever saves and loads that resumes the search. The betas are
+    those of update_averages(), k and min_rank those of select(); the seed decides new directions.
+    Raises ValueError if a number is out of range, if the optimizer lacks weights of an adapter, or
+    if a factor is shorter than float32.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
@@ -323,12 +321,10 @@ class RankAllocator:
         """One iteration of Algorithm 1's loop; returns the adjustment, None where b^(t) = 0.
 
         Call it once per optimizer step, after optimizer.step() and before zero_grad(). Ours: a step
-        with a gradient that is not finite changes no score, but it counts as a step, and ranks may
-        move at it. A layer of which a factor is frozen keeps its ranks.
-
-        Raises ValueError, before any rank moves, if the loss reaches no adapter, if all scores are
-        0, if parameters were replaced, or if the optimizer's state cannot be resized. Warns if the
-        loss reaches only some adapters, and after total_steps.
+        with a gradient that is not finite changes no score, but it counts, and ranks may move at
+        it. A layer with a frozen factor keeps its ranks. Raises ValueError, before any rank moves,
+        if the loss reaches no adapter, if all scores are 0, if parameters were replaced, or if the
+        optimizer's state cannot be resized. Warns if the loss misses an adapter.
         """
         _check_step(self)
         t = self.t + 1
@@ -339,7 +335,7 @@ class RankAllocator:
         if b == 0:
             return None
         scores = _movable_scores(self)  # name -> S_i, in Python numbers
-        max_ranks = {name: min(_sizes(self.layers[name].base_layer)) for name in scores}
+        max_ranks = {name: self.layers[name].max_rank for name in scores}
         pruned, expanded = select(scores, max_ranks, self.k, b, self.min_rank)
         for name, layer in self.layers.items():
             if name in pruned or name in expanded:
@@ -377,21 +373,18 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
     Names match by whole components from the right: "output.dense" matches "layer.0.output.dense",
     and "k" never matches "block". rank is that of every matrix, or a map from names to ranks such
     as RankAllocator.ranks(). The modules_to_save, such as a new head, are trained in full. Cast the
-    model, and add tokens to it, before inject().
-
-    Torch's seed and a module's name decide where its P and Q start. A matrix with more ranks starts
-    with the same first ones, whichever other matrices are adapted.
+    model, and add tokens to it, before inject(). Torch's seed and a module's name decide where its
+    P and Q start, whichever other matrices are adapted. Warns if the model has stacked experts.
 
     Raises ValueError, before any change, if a name matches nothing, if a target is not a linear
     layer, lies in a saved module or shares its weight, if a number is out of range, if the rank map
-    names other modules, or if the model has adapters already. Warns of stacked experts.
+    names other modules, or if the model has adapters already.
     """
     inner = _unwrapped(model)
     targets = _matching(inner, target_modules, "target_modules")
     saved = _matching(inner, modules_to_save, "modules_to_save")
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
-    _check_injection(inner, targets, saved, ranks)
-    _check_numbers(alpha, dropout)
+    _check_injection(inner, targets, saved, ranks, alpha, dropout)
     seed = int(torch.randint(2**62, (), device="cpu"))
     layers: dict[nn.Module, SVDLinear] = {}
     for name, base_layer in targets.items():
@@ -414,14 +407,14 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     Whatever else was trained stays as it is.
     """
-    before = {layer: layer.disabled for layer in _adapted(model).values()}
+    layers = _adapted(model).values()
     try:
-        for layer in before:
+        for layer in layers:
             layer.disabled = True
         yield model
     finally:
-        for layer, disabled in before.items():
-            layer.disabled = disabled
+        for layer in layers:
+            layer.disabled = False
 
 
 @torch.no_grad()
@@ -451,7 +444,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all that training changes: the factors and their scaling, whatever else is trained,
     and the running statistics of batch norms."""
     inner = _unwrapped(model)
-    keys = {_join(name, part) for name in _adapted(inner) for part in (*RANK_DIM, "scaling")}
+    parts = (*RANK_DIM, "scaling")
+    keys = {f"{name}.{part}".lstrip(".") for name in _adapted(inner) for part in parts}
     keys |= {name for name, w in inner.named_parameters(remove_duplicate=False) if w.requires_grad}
     whole = _trained_modules(inner)
     state = {key: x for key, x in inner.state_dict().items() if key in keys or _is_in(key, whole)}
@@ -471,10 +465,10 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     _require(not wrong, f"missing in the state, or unknown to the model: {sorted(wrong)[:8]}")
     shapes = {key: own[key].shape for key in state}
     for name, layer in _adapted(inner).items():
-        rank = state[_join(name, "Lambda")].numel()
+        rank = state[f"{name}.Lambda".lstrip(".")].numel()
         _check_layer(repr(name), layer.base_layer, rank)
         for factor, shape in _shapes(layer.base_layer, rank).items():
-            shapes[_join(name, factor)] = shape
+            shapes[f"{name}.{factor}".lstrip(".")] = shape
     for key, shape in shapes.items():
         _require(state[key].shape == shape,
                  f"{key} has shape {[*state[key].shape]}, the model needs {[*shape]}")
@@ -485,7 +479,7 @@ def _resize_to_load(layer: SVDLinear, state: Mapping[str, Tensor], prefix: str, 
     """Lets load_state_dict() restore any rank. Torch then refuses what does not fit."""
     given = {f: state[prefix + f].shape for f in RANK_DIM if prefix + f in state}
     rank = given.get("Lambda", layer.Lambda.shape).numel()
-    fits = given == _shapes(layer.base_layer, rank) and 1 <= rank <= min(_sizes(layer.base_layer))
+    fits = given == _shapes(layer.base_layer, rank) and 1 <= rank <= layer.max_rank
     for factor, shape in given.items() if fits else ():
         w = getattr(layer, factor)
         if w.shape != shape:
@@ -509,8 +503,7 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
     modules = dict(inner.named_modules(remove_duplicate=False))
     saved = _modules_to_save(inner)
     whole = [name for name in modules if name.endswith(tuple(saved))]  # as PEFT matches names
-    others = [name for name in modules if name.endswith(tuple(f".{n}" for n in layers))]
-    _check_names(layers, modules, whole, others)
+    _check_names(layers, modules, whole)
     first = next(iter(layers.values()))
     scaling = first.scaling.item()
     r = max(layer.rank for layer in layers.values())
@@ -527,10 +520,12 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
     tensors = {f"base_model.model.{_plain_name(key)}": x.contiguous().clone()
                for key, x in tensors.items()}
     kind = next(c for c in type(inner).__mro__ if "torch.distributed" not in c.__module__)  # FSDP's
+    is_causal_lm = kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
     config = dict(
-        peft_type="LORA", task_type=_task_type(inner, whole), r=r, lora_alpha=scaling * r,
-        lora_dropout=first.dropout.p, base_model_name_or_path=base_model_name,
-        target_modules=[_plain_name(name) for name in layers], exclude_modules=others or None,
+        peft_type="LORA", task_type="CAUSAL_LM" if is_causal_lm else None, r=r,
+        lora_alpha=scaling * r, lora_dropout=first.dropout.p,
+        base_model_name_or_path=base_model_name,
+        target_modules=[_plain_name(name) for name in layers],
         modules_to_save=[_plain_name(name) for name in saved] or None,
         fan_in_fan_out=any(_is_conv1d(layer.base_layer) for layer in layers.values()),
         auto_mapping=dict(base_model_class=kind.__name__, parent_library=kind.__module__))
@@ -541,16 +536,6 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
         Path(own, "adapter_config.json").write_text(json.dumps(config, indent=1))
         for file in ("adapter_model.safetensors", "adapter_config.json"):
             Path(own, file).replace(folder / file)
-
-
-def _task_type(model: nn.Module, whole: Sequence[str]) -> str | None:
-    """PEFT's, by which its classes and pipelines find out what a model is for."""
-    types = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        types["ForConditionalGeneration"] = "SEQ_2_SEQ_LM"
-    if any(name.endswith(("classifier", "score")) for name in whole):  # PEFT expects it in the file
-        types["ForSequenceClassification"] = "SEQ_CLS"
-    return next((t for end, t in types.items() if type(model).__name__.endswith(end)), None)
 
 
 def _trained_modules(model: nn.Module) -> list[str]:
@@ -575,15 +560,15 @@ def _modules_to_save(model: nn.Module) -> list[str]:
 
 
 def _check_names(layers: Mapping[str, SVDLinear], modules: Mapping[str, nn.Module],
-                 whole: Sequence[str], others: Sequence[str]) -> None:
+                 whole: Sequence[str]) -> None:
     places = [name for name, module in modules.items() if isinstance(module, SVDLinear)]
-    _require("" not in layers and "" not in whole and places == [*layers],
-             "PEFT cannot name what stands in two places, or is the model itself: "
-             f"{sorted({*places} - {*layers}) or 'a parameter of the model'}")
-    ends = tuple(f".{other}" for other in others)
-    clashes = [name for name in layers if _is_in(name, whole) or name.endswith(ends)]
-    _require(not clashes, f"PEFT cannot adapt {clashes}: they are in a module that is saved in "
-             "whole, or their names end like that of a layer that is not adapted")
+    ends = tuple(f".{name}" for name in layers)
+    alike = [name for name in modules if name.endswith(ends)]
+    inside = [name for name in layers if _is_in(name, whole)]
+    _require("" not in layers and "" not in whole, "PEFT cannot name the model itself")
+    _require(places == [*layers], f"PEFT cannot name {[*places]}: a layer stands in two places")
+    _require(not alike, f"PEFT would adapt {alike}, too: the name ends like an adapted one's")
+    _require(not inside, f"PEFT cannot adapt {inside}: PEFT saves the whole module around it")
 
 
 # ---- What other code reads and writes of a linear layer ----
@@ -658,7 +643,7 @@ def _is_plain(layer: SVDLinear) -> bool:
 # ---- What RankAllocator reads and writes ----
 def _factors(allocator: RankAllocator) -> dict[str, nn.Parameter]:
     """Name -> parameter, for every factor."""
-    return {_join(name, factor): getattr(layer, factor)
+    return {f"{name}.{factor}".lstrip("."): getattr(layer, factor)
             for name, layer in allocator.layers.items() for factor in RANK_DIM}
 
 
@@ -757,10 +742,6 @@ def _adapted(model: nn.Module) -> dict[str, SVDLinear]:
     return layers
 
 
-def _join(name: str, part: str) -> str:
-    return f"{name}.{part}" if name else part  # no name: the model itself
-
-
 def _is_in(name: str, others: Iterable[str]) -> bool:
     """Whether a name is one of the others, or within one."""
     return f"{name}.".startswith(tuple(f"{other}." for other in others))
@@ -776,28 +757,28 @@ def _matching(model: nn.Module, names: Sequence[str], argument: str) -> dict[str
     """The modules that the names match, by whole components from the right."""
     _require(not isinstance(names, str), f"{argument} must be a list, got the string {names!r}")
     modules = dict(model.named_modules())
-    linear = _last_parts(name for name, m in modules.items() if isinstance(m, nn.Linear))
-    experts = _last_parts(_stacked(model))
-    stacked = f"; stacked in 3 dimensions, and not adaptable, are {experts}" if experts else ""
+    linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)}
+    stacked = {name.rpartition(".")[2] for name in _stacked(model)}
+    hint = f"linear layers end in {', '.join(sorted(linear)[:12])}"
+    if stacked:
+        hint += f"; {', '.join(sorted(stacked))} are stacked in 3 dimensions, not to be adapted"
     found = set()
     for wanted in names:
         matches = {name for name in modules if name and f".{name}".endswith(f".{wanted}")}
-        _require(bool(matches), f"{argument}: {wanted!r} matches no module (it is a name, no "
-                 f"pattern); linear layers end in {linear[:12]}{stacked}")
+        _require(bool(matches),
+                 f"{argument}: {wanted!r} matches no module (it is a name, no pattern); {hint}")
         found |= matches
     return {name: module for name, module in modules.items() if name in found}
 
 
-def _last_parts(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
-
-
 def _stacked(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of three dimensions, as the experts of Mixtral and Qwen3-MoE are."""
-    return {_join(name, part): w
-            for name, module in model.named_modules()
-            for part, w in module.named_parameters(recurse=False)
-            if w.ndim == 3 and len(w) > 1 and not isinstance(module, nn.modules.conv._ConvNd)}
+    stacked = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            own = module.named_parameters(name, recurse=False)
+            stacked |= {full: w for full, w in own if w.ndim == 3 and len(w) > 1}
+    return stacked
 
 
 # ---- Checks of input ----
@@ -806,24 +787,30 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_numbers(alpha: float, dropout: float) -> None:
-    _require(0 < alpha < math.inf, f"alpha must be a positive number, got {alpha!r}")
-    _require(0 <= dropout < 1, f"dropout must be in [0, 1), got {dropout!r}")
+def _check_integers(owner: object, **least: int) -> None:
+    for name, minimum in least.items():
+        value = getattr(owner, name)
+        _require(type(value) is int and value >= minimum,  # bools are refused, too
+                 f"{name} must be an integer >= {minimum}, got {value!r}")
 
 
-def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
+def _check_layer(name: str, layer: nn.Module, rank: int, alpha: float = 1, dropout: float = 0
+                 ) -> None:
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     _require(isinstance(layer, nn.Linear) or _is_conv1d(layer),
              f"{name} must be a torch.nn.Linear, not a {kind}")
     _require(layer.weight.dim() == 2, f"{name} is in flat shards (FSDP 1, ZeRO-3); use FSDP 2: "
              "fully_shard(module, ignored_params=what is trained)")
     limit = min(_sizes(layer))
-    _require(type(rank) is int and 1 <= rank <= limit,  # bools are refused, too
+    _require(type(rank) is int and 1 <= rank <= limit,
              f"the rank of {name} must be an integer in 1..{limit}, got {rank!r}")
+    _require(0 < alpha < math.inf, f"alpha must be a positive number, got {alpha!r}")
+    _require(0 <= dropout < 1, f"dropout must be in [0, 1), got {dropout!r}")
 
 
 def _check_injection(model: nn.Module, targets: Mapping[str, nn.Module],
-                     saved: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> None:
+                     saved: Mapping[str, nn.Module], ranks: Mapping[str, int], alpha: float,
+                     dropout: float) -> None:
     for module in model.modules():
         _require(not isinstance(module, SVDLinear),
                  "the model is adapted already; merge() it, or load it again")
@@ -833,7 +820,7 @@ def _check_injection(model: nn.Module, targets: Mapping[str, nn.Module],
              f"no targets, or the rank map names other modules: {sorted(ranks.keys() ^ targets)}")
     trained = {w for module in saved.values() for w in module.parameters()}
     for name, module in targets.items():
-        _check_layer(repr(name), module, ranks[name])
+        _check_layer(repr(name), module, ranks[name], alpha, dropout)
         _require(not module.weight.is_meta, f"the weight of {name!r} is on the meta device: it was "
                  "offloaded, or not loaded yet; load the whole model first")
         _require(trained.isdisjoint(module.parameters()), f"{name!r} would be both adapted and "
@@ -858,11 +845,8 @@ def _check_resize(layer: SVDLinear, keep: Sequence[int], n_new: int) -> None:
 
 
 def _check_schedule(schedule: RankSchedule) -> None:
-    least = dict(total_steps=1, warmup_steps=0, stabilize_steps=0, adjust_interval=1, b=0)
-    for name, minimum in least.items():
-        value = getattr(schedule, name)
-        _require(type(value) is int and value >= minimum,
-                 f"{name} must be an integer >= {minimum}, got {value!r}")
+    _check_integers(
+        schedule, total_steps=1, warmup_steps=0, stabilize_steps=0, adjust_interval=1, b=0)
     _require(schedule.warmup_steps + schedule.adjust_interval <= schedule.search_end,
              f"total_steps must hold warm-up, an interval, stabilization: {schedule}")
     _require(schedule.shape in SHAPES,
@@ -870,13 +854,9 @@ def _check_schedule(schedule: RankSchedule) -> None:
 
 
 def _check_allocator(allocator: RankAllocator) -> None:
-    for name in ("k", "min_rank"):
-        value = getattr(allocator, name)
-        _require(type(value) is int and value >= 1,
-                 f"{name} must be an integer >= 1, got {value!r}")
-    for name in ("beta1", "beta2"):
-        value = getattr(allocator, name)
-        _require(0 < value < 1, f"{name} must be in (0, 1), got {value!r}")
+    _check_integers(allocator, k=1, min_rank=1)
+    for beta in (allocator.beta1, allocator.beta2):
+        _require(0 < beta < 1, f"beta1 and beta2 must be in (0, 1), got {beta!r}")
     optimized = _optimized(allocator.optimizer)
     _check_whole(optimized)
     for name, w in _factors(allocator).items():
@@ -905,18 +885,14 @@ def _check_step(allocator: RankAllocator) -> None:
                  f"{[*average.shape]}: ranks were loaded without the optimizer's state")
     if t == 0:
         _check_states(allocator)
-        _check_reach(allocator)
-
-
-def _check_reach(allocator: RankAllocator) -> None:
-    """Lambda has a gradient from the loss alone. P and Q have one from the penalty, too."""
-    trained = {n: layer for n, layer in allocator.layers.items() if layer.Lambda.requires_grad}
-    missed = [name for name, layer in trained.items() if layer.Lambda.grad is None]
-    _require(len(missed) < len(trained) or not missed, "the loss reaches no adapter: no Lambda has "
-             "a gradient. With reentrant checkpointing, pass use_reentrant=False")
-    if missed:
-        warnings.warn(f"the loss does not reach {len(missed)} of {len(trained)} adapters, such as "
-                      f"{missed[0]!r}; is this layer called?", stacklevel=4)
+        # Lambda has a gradient from the loss alone; P and Q have one from the penalty, too.
+        Lambdas = {name: w for name, w in factors.items() if w.ndim == 1 and w.requires_grad}
+        missed = [name for name, w in Lambdas.items() if w.grad is None]
+        _require(len(missed) < len(Lambdas) or not missed, "the loss reaches no adapter: no Lambda has a gradient"
+                 ". With reentrant checkpointing, pass use_reentrant=False")
+        if missed:
+            warnings.warn(f"the loss reaches {len(Lambdas) - len(missed)} of {len(Lambdas)} "
+                          f"adapters, but not {missed[0]!r}: is it called?", stacklevel=3)
 
 
 FRESH_AT_ZERO = {  # what is 0 for a weight before its first update, by the optimizer that has it
