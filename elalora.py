@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
-# elalora.py 1.2, a reference implementation of ElaLoRA (unofficial). Copy this file, it is enough.
+# elalora.py 2.0, a reference implementation of ElaLoRA (unofficial). Copy this file, it is enough.
 """ElaLoRA in one file: low-rank adapters whose ranks move to the matrices that need them.
 
-A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. While the model trains,
-every rank (a column of P, its singular value, its row of Q) gets a score: its smoothed sensitivity
-times the uncertainty of that sensitivity. At scheduled steps up to b ranks are pruned, the least
-important of all matrices, and as many are added where even the weakest rank matters. The sum of all
-ranks never changes. The file depends only on torch (>= 2.11) and Python >= 3.11; export_peft also
-needs safetensors.
+A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. A rank is a column of P,
+its singular value in Lambda, and its row of Q. Its score is the smoothed sensitivity of the loss to
+these weights, times the uncertainty of that sensitivity. At scheduled steps the b ranks with the
+lowest scores are pruned, in whichever matrices they are. As many new ranks go to the matrices whose
+own lowest scores are the highest. So the sum of all ranks never changes.
 
     inject(model, ["query", "value"], rank=4, modules_to_save=["classifier"])
     weights = [w for w in model.parameters() if w.requires_grad]
@@ -23,12 +22,10 @@ needs safetensors.
         optimizer.zero_grad()
     merge(model)  # plain nn.Linear layers again
 
-To resume, make model, optimizer and allocator as at the start. Then load, in this order, with
-load_adapter_state_dict(), optimizer.load_state_dict() and allocator.load_state_dict().
-
 Sections, equations and tables are those of ElaLoRA (Chang et al. 2025, arXiv:2504.00254). P Lambda
 Q and its regularizer are AdaLoRA's (arXiv:2303.10512), the scores are PLATON's (arXiv:2206.12562).
-"Ours:" marks what this project decided where the paper is silent.
+"Ours:" marks what this project decided where the paper is silent. The file depends only on torch
+(>= 2.11) and Python >= 3.11; export_peft also needs safetensors.
 
 Name here       In the paper    Shape or type       Meaning
 base_layer      W^(0)           (d1, d2)            frozen nn.Linear; d1 = d_out, d2 = d_in
@@ -36,25 +33,24 @@ P, Q            P, Q            (d1, r), (r, d2)    left and right singular vect
 Lambda          Lambda          (r,)                singular values, the diagonal of Lambda
 I_bar, U_bar    I-bar, U-bar    as P, Lambda or Q   sensitivity and uncertainty per weight, eq. 3
 importance      S_i             (r,)                score of every rank, eq. 2
-progress        P               0 to 1              share of the search that is done, eq. 4
+progress        P of eq. 4      0 to 1              share of the search that is done
 budget(t)       b^(t)           integer             ranks to prune and to add at step t, eq. 5
 k               k               integer             ranks pruned plus added per matrix, at most
 """
 
 import copy
-import inspect
 import json
 import math
-import re
 import tempfile
 import warnings
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,128 +58,52 @@ from torch import Tensor, nn
 RANK_DIM = {"P": 1, "Lambda": 0, "Q": 0}  # the dimension of each factor that counts ranks
 
 
-# ==== The method ==================================================================================
 # ---- Section 3.1: SVD-based low-rank adaptation ----
 class SVDLinear(nn.Module):
-    """A frozen linear layer and its low-rank update, y = W0 x + scaling P (Lambda * (Q x)).
+    """A frozen linear layer and its low-rank update, y = W0 x + bias + scaling P (Lambda * (Q x)).
 
-    The base, of weight (d_out, d_in), is frozen. forward() only calls it, so a quantized or sharded
-    nn.Linear works. Lambda starts at 0, and y has the dtype of the base's output. Ours: P and Q
-    start orthonormal, so that R(P, Q) = 0. They are drawn rank by rank, so that a generator of the
-    same seed gives a layer of more ranks the same first ones. All three factors start as float32,
-    and casts of the model to a shorter type, such as model.bfloat16(), leave them so. scaling =
-    alpha / rank is fixed at construction (inject: alpha / mean rank). Dropout acts on x before Q.
+    Ours: P and Q start orthonormal, so R(P, Q) starts at 0. Lambda starts at 0, so the update does.
+    scaling is alpha / rank, or alpha / mean rank for the layers that inject() makes. It stays the
+    same when ranks move. Dropout acts on x before Q.
 
-    Raises ValueError if base_layer is no nn.Linear, if rank is not an integer in
-    1..min(d_out, d_in), or if alpha is not a positive number.
+    Raises ValueError if base_layer is not a linear layer, if rank is not an integer in
+    1..min(d_out, d_in), or if alpha or dropout is out of range.
     """
+
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0,
                  generator: torch.Generator | None = None):
         super().__init__()
-        _check_layer(str(base_layer), base_layer, rank)
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"alpha must be a positive number, got {alpha!r}")
-        sizes = (base_layer.out_features, base_layer.in_features)
-        drawn = [torch.randn(sum(sizes), dtype=torch.float64, device="cpu", generator=generator)
-                 for _ in range(rank)]  # one by one, and on the CPU: a seed starts alike anywhere
-        P, Q_T = (torch.linalg.qr(columns)[0].to(base_layer.weight.device, torch.float32)
-                  for columns in torch.stack(drawn, dim=1).split(sizes))
-        factors = (P.contiguous(), P.new_zeros(rank), Q_T.T.contiguous())
-        self.P, self.Lambda, self.Q = map(nn.Parameter, factors)
+        _check_layer("base_layer", base_layer, rank, alpha, dropout)
+        device = base_layer.weight.device
+        d_out, d_in = _sizes(base_layer)
+        nothing = torch.empty(0, dtype=torch.float32, device="cpu")
+        P, Q = new_ranks(nothing.view(d_out, 0), nothing.view(0, d_in), rank, generator)
+        self.P = nn.Parameter(P.contiguous().to(device))  # (d_out, r)
+        self.Lambda = nn.Parameter(self.P.new_zeros(rank))  # (r,)
+        self.Q = nn.Parameter(Q.contiguous().to(device))  # (r, d_in)
+        self.register_buffer("scaling", self.P.new_tensor(alpha / rank))
+        self.max_rank = min(d_out, d_in)
         self.dropout = nn.Dropout(dropout)
-        self.register_buffer("scaling", P.new_tensor(alpha / rank))
-        self.steps = {"done": 0, "due": 0}  # RankAllocator's, shared: so far, until its search ends
-        self.disabled = False  # by adapters_disabled()
         self.base_layer = base_layer.requires_grad_(False)
-
-    @property
-    def rank(self) -> int:
-        """The present number of ranks, r."""
-        return self.Lambda.numel()
-
-    @property
-    def max_rank(self) -> int:
-        """The most ranks that the layer can have, min(d_out, d_in)."""
-        return min(len(self.P), self.Q.shape[1])
+        self.disabled = False  # see adapters_disabled()
+        self.register_load_state_dict_pre_hook(_resize_to_load)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., d_out)
         if self.disabled:
             return y
         h = nn.functional.linear(self.dropout(x).to(self.Q.dtype), self.Q)  # (..., r)
-        h = (h * (self.scaling * self.Lambda)).to(y.dtype).reshape(-1, self.rank)
-        P_T = self.P.T.contiguous().to(y.dtype)  # (r, d_out); contiguous for a fast backward
-        with torch.autocast(y.device.type, enabled=False):  # all have y's dtype already
-            return torch.addmm(y.reshape(-1, len(self.P)), h, P_T).view_as(y)  # y + h P'
+        h = h * (self.scaling * self.Lambda)  # (..., r)
+        return y + nn.functional.linear(h, self.P).to(y.dtype)  # (..., d_out)
 
     def delta_weight(self) -> Tensor:
         """The update of the weight, scaling P diag(Lambda) Q, (d_out, d_in)."""
         return (self.P * (self.scaling * self.Lambda)) @ self.Q
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        def move(w: Tensor) -> Tensor:  # half precision is too coarse to train factors in
-            moved = fn(w)
-            return moved if moved.dtype.itemsize >= 4 else w.to(moved.device)
-        for child in self.children() if recurse else ():
-            child._apply(fn)
-        return super()._apply(move, recurse=False)
-
-    @torch.no_grad()
-    def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
-        given = {f: state[prefix + f].shape for f in RANK_DIM if prefix + f in state}
-        shapes = self._shapes(rank := given.get("Lambda", self.Lambda.shape).numel())
-        if given == shapes and 1 <= rank <= self.max_rank:
-            for factor, shape in shapes.items():  # so that load_state_dict() restores any rank
-                if (w := getattr(self, factor)).shape != shape:
-                    w.grad = None
-                    w.set_(w.new_empty(shape))
-        super()._load_from_state_dict(state, prefix, *args)  # refuses what does not fit
-
-    def _shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        return {"P": (len(self.P), rank), "Lambda": (rank,), "Q": (rank, self.Q.shape[1])}
-
-
-def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[str, int],
-           alpha: float = 16, dropout: float = 0, modules_to_save: Sequence[str] = ()) -> nn.Module:
-    """Freezes a model and wraps the linear layers of the given names in SVDLinear; returns it.
-
-    Names match by whole components from the right: "output.dense" matches "layer.0.output.dense",
-    and "k" never matches "block". rank is that of every matrix, or a map from names to ranks such
-    as RankAllocator.ranks(). The modules_to_save, such as a new head, are trained in full.
-
-    Torch's seed and a module's name decide where its P and Q start. So runs of one seed are easily
-    compared: other ranks or other targets do not change the start, nor what is drawn after it.
-
-    Raises ValueError, before any change, if a name matches nothing, a target is no nn.Linear, lies
-    in a saved module or shares its weight, the module around a target reads its weight instead of
-    calling it, a rank is out of range, a map names other modules, or the model is adapted already.
-    """
-    if any(isinstance(module, SVDLinear) for module in model.modules()):
-        raise ValueError("the model is adapted already; merge() it, or load it again")
-    targets = _matching(model, target_modules, "target_modules")
-    saved = _matching(model, modules_to_save, "modules_to_save")
-    ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
-    if not targets or ranks.keys() != targets.keys():
-        raise ValueError(f"no targets, or a rank map of others: {sorted(ranks.keys() ^ targets)}")
-    trained = {w for module in saved.values() for w in module.parameters()}
-    for name, module in targets.items():
-        _check_layer(repr(name), module, ranks[name])
-        if trained.intersection(module.parameters()):
-            raise ValueError(f"{name!r} would be both adapted and saved; name it in one list only "
-                             "(tied weights count as one)")
-        _check_parent(model, name)
-    seed = int(torch.randint(2**62, (), device="cpu"))
-    own = {name: torch.Generator("cpu").manual_seed(seed ^ zlib.crc32(name.encode()))
-           for name in targets}
-    new = {m: SVDLinear(m, ranks[n], alpha, dropout, own[n]) for n, m in targets.items()}
-    model.requires_grad_(False)
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in new:  # wherever it stands, so that a shared layer stays shared
-            new[module].scaling.fill_(alpha * len(ranks) / sum(ranks.values()))
-            model.set_submodule(name, new[module])
-    for module in saved.values():
-        module.requires_grad_(True).elalora_saved = True  # outlives wrapping and renaming
-    return model
+    @property
+    def rank(self) -> int:
+        """The present number of ranks, r. It can grow up to max_rank."""
+        return len(self.Lambda)
 
 
 def orthogonality_penalty(model: nn.Module) -> Tensor:
@@ -191,38 +111,46 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
 
     Ours: it is the mean over the adapted matrices. Add it to the loss, weighted by 0.1.
     """
-    layers, by_shape, R = _adapted(model).values(), {}, 0
-    for rows in [factor for layer in layers for factor in (layer.P.T, layer.Q)]:  # (r, d)
-        by_shape.setdefault(rows.shape, []).append(rows)
-    with torch.autocast(rows.device.type, enabled=False):  # bfloat16 is too coarse for it
-        for A in map(torch.stack, by_shape.values()):  # (n, r, d), few large operations
-            R += (A @ A.mT - torch.eye(A.shape[1], device=A.device)).square().sum()
-    return R / len(layers)
+    layers = _adapted(model)
+    same_shape = defaultdict(list)  # few large operations are faster than many small ones
+    for layer in layers.values():
+        for rows in (layer.P.T, layer.Q):  # (r, d), to be orthonormal
+            same_shape[rows.shape, rows.device].append(rows)
+    R = []
+    for (shape, device), rows in same_shape.items():
+        A = torch.stack(rows)  # (n, r, d)
+        I = torch.eye(shape[0], device=device)  # (r, r)
+        with _without_autocast(device):  # bfloat16 is too coarse here
+            gram = A @ A.mT  # (n, r, r)
+        R.append((gram - I).square().sum())
+    return sum(x.to(R[0].device) for x in R) / len(layers)
 
 
 # ---- Section 3.2: importance scores ----
-@torch.no_grad()
-def update_averages(parameters: Sequence[Tensor], averages: Mapping[Tensor, Mapping[str, Tensor]],
-                    beta1: float, beta2: float) -> None:
-    """Eq. 1 and 3 for each parameter w, where averages[w] holds I_bar and U_bar, shaped as w.
+def update_averages(w: Tensor, gradient: Tensor, I_bar: Tensor, U_bar: Tensor, beta1: float,
+                    beta2: float) -> tuple[Tensor, Tensor]:
+    """Eq. 1 and 3: the next I_bar and U_bar of weights w; all have the shape of w.
 
-        I = |w * w.grad|                                            eq. 1
-        I_bar = beta1 * I_bar + (1 - beta1) * I                     eq. 3
-        U_bar = beta2 * U_bar + (1 - beta2) * |I - I_bar|           eq. 3, with the new I_bar
-
-    Algorithm 1 scores after the update: w is the new weight, w.grad the gradient at the old one.
-    The _foreach_ functions compute that for all parameters at once.
+    Algorithm 1 scores after the update: w is the new weight, the gradient is that at the old one.
+    A score is I_bar * U_bar: what still fluctuates is not called unimportant too early (PLATON).
     """
-    gradients = [w.grad.float() for w in parameters]
-    I = torch._foreach_abs(torch._foreach_mul([w.float() for w in parameters], gradients))
-    I_bar, U_bar = ([averages[w][key] for w in parameters] for key in ("I_bar", "U_bar"))
-    torch._foreach_lerp_(I_bar, I, 1 - beta1)
-    torch._foreach_lerp_(U_bar, torch._foreach_abs(torch._foreach_sub(I, I_bar)), 1 - beta2)
+    I = (w * gradient).abs()  # eq. 1
+    I_bar = beta1 * I_bar + (1 - beta1) * I  # eq. 3
+    U_bar = beta2 * U_bar + (1 - beta2) * (I - I_bar).abs()  # eq. 3, with the new I_bar
+    return I_bar, U_bar
 
 
 # ---- Section 3.3: dynamic rank learning ----
-def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], k: int,
-           b: int) -> tuple[dict[str, list[int]], dict[str, int]]:
+class Candidate(NamedTuple):
+    """A rank that may be pruned, or whose matrix may grow. Candidates sort by score first."""
+    score: float
+    position: int  # of the matrix in the model
+    index: int  # of the rank in the matrix
+    name: str  # of the matrix
+
+
+def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], k: int, b: int,
+           min_rank: int = 1) -> tuple[dict[str, list[int]], dict[str, int]]:
     """Steps 1 to 4 of section 3.3: which ranks each matrix loses, and how many it gains.
 
     scores has S_i of every rank by matrix. Returns matrix -> indices of the ranks to prune, and
@@ -234,103 +162,95 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
         3. prune          1 (A), 2 (B)                              b from the front
         4. grow           C and B                                   b from the back, one rank each
 
-    Ours: the last rank of a matrix cannot be pruned, but its score can win growth, as C's does. As
-    many ranks are added as pruned: the most, up to b, that the candidates and max_ranks allow. A
-    candidate is either pruned or retained, so losses plus gains of a matrix are at most k. Equal
-    scores are ordered by matrix, then by index: pruning takes the earlier, growth the later.
+    A candidate is either pruned or can win growth, so a matrix loses and gains at most k ranks.
+    Ours: a matrix keeps min_rank ranks; what cannot go can win growth, as C's rank does. A matrix
+    with max_ranks cannot grow. If fewer than b ranks can go or grow, as many go as grow. Equal
+    scores are sorted by matrix, then by index: pruning takes the first, growth the last.
     """
-    candidates, prunable = [], []  # (score, position of the matrix, index of the rank, matrix)
+    candidates: list[Candidate] = []
+    prunable: list[Candidate] = []
     for position, (name, S) in enumerate(scores.items()):
-        ascending = sorted((S[i], position, i, name) for i in range(len(S)))
+        ascending = sorted(Candidate(S_i, position, i, name) for i, S_i in enumerate(S))
         candidates += ascending[:k]  # step 1
-        prunable += ascending[: min(k, len(S) - 1)]
-    candidates, prunable = sorted(candidates), sorted(prunable)  # step 2
-    ranks = {name: len(S) for name, S in scores.items()}
-    for n in range(min(b, len(prunable)), 0, -1):  # fewer than b, if not so many can grow
+        prunable += ascending[: min(k, max(0, len(S) - min_rank))]
+    candidates.sort()  # step 2
+    prunable.sort()
+    for n in range(min(b, len(prunable)), 0, -1):
         pruned = prunable[:n]  # step 3
-        grown = _place_growth(candidates, pruned, ranks, max_ranks, n)  # step 4
+        rank = Counter({name: len(S) for name, S in scores.items()})
+        rank.subtract(candidate.name for candidate in pruned)
+        grown: list[str] = []
+        for candidate in reversed(candidates):  # step 4
+            name = candidate.name
+            if len(grown) < n and candidate not in pruned and rank[name] < max_ranks[name]:
+                grown.append(name)
+                rank[name] += 1
         if len(grown) == n:
-            indices: dict[str, list[int]] = {}
-            for _, _, i, name in pruned:
-                indices.setdefault(name, []).append(i)
-            return {name: sorted(lost) for name, lost in indices.items()}, dict(Counter(grown))
+            indices = defaultdict(list)
+            for candidate in sorted(pruned, key=lambda candidate: candidate.index):
+                indices[candidate.name].append(candidate.index)
+            return dict(indices), dict(Counter(grown))
     return {}, {}
 
 
-def _place_growth(candidates: Sequence[tuple], pruned: Sequence[tuple], ranks: Mapping[str, int],
-                  max_ranks: Mapping[str, int], n: int) -> list[str]:
-    """The matrices of the n highest retained candidates with room for a rank; fewer if need be."""
-    ranks, gone, grown = Counter(ranks), {*pruned}, []
-    ranks.subtract(name for *_, name in pruned)
-    for candidate in reversed(candidates):
-        *_, name = candidate
-        if candidate not in gone and ranks[name] < max_ranks[name] and len(grown) < n:
-            ranks[name] += 1
-            grown.append(name)
-    return grown
+def new_ranks(P: Tensor, Q: Tensor, n: int, generator: torch.Generator | None
+              ) -> tuple[Tensor, Tensor]:
+    """n columns to append to P (d_out, r), and n rows to append to Q (r, d_in).
+
+    They are drawn rank by rank on the CPU, so the first of them do not depend on n or a device.
+    """
+    if n == 0:
+        return P[:, :0], Q[:0]
+    sizes = [len(P), Q.shape[1]]  # d_out, d_in
+    drawn = [torch.randn(sum(sizes), dtype=torch.float64, device="cpu", generator=generator)
+             for _ in range(n)]
+    for_P, for_Q = torch.stack(drawn, dim=1).split(sizes)  # (d_out, n), (d_in, n)
+    return gram_schmidt(P, for_P), gram_schmidt(Q.T, for_Q).T
 
 
-def new_directions(present: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Algorithm 1's Gram-Schmidt: n random orthonormal columns, (d, n), orthogonal to the present
-    ones, (d, r), whether or not these are orthonormal. n <= d - r. In float64 on the CPU."""
-    random = torch.randn(len(present), n, dtype=torch.float64, device="cpu", generator=generator)
-    orthonormal, _ = torch.linalg.qr(torch.cat([present.cpu().double(), random], dim=1))
-    return orthonormal[:, present.shape[1] :].to(present)  # the first r columns span the present
+def gram_schmidt(present: Tensor, drawn: Tensor) -> Tensor:
+    """Algorithm 1's: makes the drawn columns (d, n) orthonormal, and orthogonal to the present ones
+    (d, r). The present columns need not be orthonormal. r + n <= d."""
+    device = "cpu" if present.device.type == "mps" else present.device  # MPS has no float64
+    drawn = drawn.to(device, non_blocking=True)
+    columns = torch.cat([present.to(device, torch.float64), drawn], dim=1)  # (d, r + n)
+    orthonormal, _ = torch.linalg.qr(columns)  # (d, r + n); the first r span the present columns
+    return orthonormal[:, present.shape[1] :].to(present)
 
 
 @torch.no_grad()
-def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.Generator,
-           states: Sequence[Mapping[Tensor, dict]]) -> None:
+def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.Generator | None,
+           states: Mapping[Tensor, dict]) -> None:
     """Keeps the given ranks of a layer, in that order, and appends n_new new ones.
 
-    Ours: a new rank has a singular value of 0, so the output does not change, and a score of 0.
-    Parameters stay the same objects. What states, such as optimizer.state, hold for a retained rank
-    stays bit for bit; a new rank has zeros. Adam's step count stays as well, so its first updates
-    of a new rank can be up to 6.6 times as long as usual (with the default betas).
-
-    Raises ValueError, before any change, for ranks to keep that are none or not distinct, for too
-    many new ones, or for a state of another shape than its parameter's.
+    Ours: a new rank has a singular value of 0, so the output does not change. Parameters stay the
+    same objects. states is optimizer.state or {}: there, too, a retained rank keeps what it had,
+    and a new one has 0. Adam's step count stays, so the n-th update of a new rank can be as long as
+    (1 - 0.9^n) / (1 - 0.999^n)^0.5 learning rates, at most 6.6 (n = 12). Raises ValueError, before
+    any change, if keep is empty or not distinct ranks, or if there is no room.
     """
-    if not 0 < len(keep) == len(set(keep)):
-        raise ValueError(f"keep must have distinct ranks, and one at least, got {list(keep)}")
-    _check_layer("the resized layer", layer.base_layer, len(keep) + n_new)
-    factors = {getattr(layer, factor): dim for factor, dim in RANK_DIM.items()}
-    slots = _state_slots(layer, states)
-    index = torch.tensor(keep, device=layer.Lambda.device)
-    new_P = new_directions(layer.P[:, index], n_new, generator)
-    new_Q = new_directions(layer.Q[index].T, n_new, generator).T
-    new = dict(zip(factors, (new_P, new_P.new_zeros(n_new), new_Q)))
-    for w, state, key in slots:
-        zeros = torch.zeros_like(new[w], dtype=state[key].dtype)
-        state[key] = torch.cat([state[key].index_select(factors[w], index), zeros], factors[w])
-    for w, dim in factors.items():
+    _check_resize(layer, keep, n_new)
+    kept_P = _take(layer.P, keep, RANK_DIM["P"])  # (d_out, kept)
+    kept_Q = _take(layer.Q, keep, RANK_DIM["Q"])  # (kept, d_in)
+    new_P, new_Q = new_ranks(kept_P, kept_Q, n_new, generator)
+    new = {"P": new_P, "Lambda": layer.Lambda.new_zeros(n_new), "Q": new_Q}
+    for factor, dim in RANK_DIM.items():
+        w = getattr(layer, factor)
+        state = states.get(w, {})
+        for key in _keys_per_weight(state):
+            zeros = torch.zeros_like(new[factor], dtype=state[key].dtype)
+            state[key] = torch.cat([_take(state[key], keep, dim), zeros], dim)
         w.grad = None  # of the old shape
         # Not through .data: the next backward would fail while an earlier graph still exists.
-        w.set_(torch.cat([w.index_select(dim, index), new[w]], dim))
-
-
-def _state_slots(layer: SVDLinear, states: Iterable[Mapping[Tensor, dict]]) -> list[tuple]:
-    """(parameter, its state, key) of all that has to be resized with a layer."""
-    slots = [(w, state[w], key) for w in (getattr(layer, factor) for factor in RANK_DIM)
-             for state in states for key, value in state.get(w, {}).items()
-             if getattr(value, "ndim", 0)]
-    for w, state, key in slots:
-        value = state[key]
-        if type(value) is not Tensor or (value.shape, value.device) != (w.shape, w.device):
-            raise ValueError(
-                f"the optimizer's {key!r} is a {type(value).__name__} of shape {[*value.shape]} on "
-                f"{value.device}, its parameter has {[*w.shape]} on {w.device}; use an optimizer "
-                "whose state is plain tensors like their parameters, such as AdamW")
-    return slots
+        w.set_(torch.cat([_take(w, keep, dim), new[factor]], dim))
 
 
 # ---- Section 3.4: dynamic rank scheduler ----
 SHAPES = {  # progress -> share of b
-    "cubic": lambda progress: 1 - progress**3,  # eq. 5
-    "linear": lambda progress: 1 - progress,
-    "exponential": lambda progress: (
-        (math.exp(-5 * progress) - math.exp(-5)) / (1 - math.exp(-5))),
-    "constant": lambda progress: 1,
+    "cubic": lambda p: 1 - p**3,  # eq. 5
+    "linear": lambda p: 1 - p,
+    "exponential": lambda p: (math.exp(-5 * p) - math.exp(-5)) / (1 - math.exp(-5)),
+    "constant": lambda p: 1,  # section 4.7: no scheduler
 }
 
 
@@ -344,22 +264,15 @@ class RankSchedule:
     warmup_steps: int  # ranks stay as they are in these first ...
     stabilize_steps: int  # ... and in these last steps
     adjust_interval: int  # the first adjustment is at warmup_steps + adjust_interval
-    b: int  # ranks that the first adjustments prune and add; 0: ranks never move
+    b: int  # b^(t) falls from here to 0; with b = 0 ranks never move
     shape: str = "cubic"
 
     def __post_init__(self) -> None:
-        least = dict(total_steps=1, warmup_steps=0, stabilize_steps=0, adjust_interval=1, b=0)
-        for name, minimum in least.items():
-            if type(value := getattr(self, name)) is not int or value < minimum:
-                raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
-        if self.warmup_steps + self.adjust_interval > self.search_end:
-            raise ValueError(f"total_steps must hold warm-up, an interval, stabilization: {self}")
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+        _check_schedule(self)
 
     @property
     def search_end(self) -> int:
-        """The last step at which ranks may move."""
+        """The last step of the search. Stabilization follows."""
         return self.total_steps - self.stabilize_steps
 
     def budget(self, step: int) -> int:
@@ -367,9 +280,8 @@ class RankSchedule:
         searched = step - self.warmup_steps
         if searched <= 0 or step > self.search_end or searched % self.adjust_interval:
             return 0
-        span = self.search_end - self.warmup_steps
-        progress = Fraction(searched, span)  # exact, so that halves round predictably
-        return round(self.b * SHAPES[self.shape](progress))
+        progress = Fraction(searched, self.search_end - self.warmup_steps)  # eq. 4, exact
+        return round(self.b * SHAPES[self.shape](progress))  # eq. 5; halves go to the even number
 
 
 # ---- Algorithm 1 ----
@@ -380,311 +292,624 @@ class Adjustment:
     b: int  # b^(t); fewer ranks are moved if select() finds no more
     pruned: dict[str, list[int]]  # module name -> indices that the removed ranks had
     expanded: dict[str, int]  # module name -> number of ranks added
+    scores: dict[str, list[float]]  # module name -> S_i of every rank, before the adjustment
 
 
 class RankAllocator:
     """Algorithm 1: moves ranks between the matrices of an injected model while it trains.
 
-    The state of the optimizer must have the shapes of its parameters, as Adam's has. k is
-    explained at select(), beta1 and beta2 at update_averages(). The seed decides new directions.
-    Raises ValueError if a number is out of range, or if the optimizer lacks an adapter's weights.
+    Its state is the optimizer's: whatever saves and loads that resumes the search. The betas are
+    those of update_averages(), k and min_rank those of select(); the seed decides new directions.
+    Raises ValueError if a number is out of range, if the optimizer lacks weights of an adapter, or
+    if a factor is shorter than float32.
     """
+
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
-                 k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0):
-        if not (type(k) is int and k >= 1 and 0 < beta1 < 1 and 0 < beta2 < 1):
-            raise ValueError(f"k must be an integer >= 1 and betas in (0, 1), got {k!r}, {beta1!r}"
-                             f" and {beta2!r}")
-        self.layers, self.optimizer, self.schedule = _adapted(model), optimizer, schedule
-        self.k, self.beta1, self.beta2 = k, beta1, beta2
-        self.optimized = {w for group in optimizer.param_groups for w in group["params"]}
-        self.factors = {_key(name, factor): getattr(layer, factor)
-                        for name, layer in self.layers.items() for factor in RANK_DIM}
-        self.averages = {}  # parameter -> name -> tensor, like optimizer.state
-        _check_whole(self.optimized)
-        for name, w in self.factors.items():
-            if w.requires_grad and w not in self.optimized:
-                raise ValueError(f"the optimizer does not hold {name!r}; make it after inject(), "
-                                 "one for all adapters")
-            self.averages[w] = {key: torch.zeros_like(w).float() for key in ("I_bar", "U_bar")}
-        self.t, self.generator = 0, torch.Generator("cpu").manual_seed(seed)
-        moves = (t for t in range(schedule.search_end, 0, -1) if schedule.budget(t))
-        self.steps = {"done": 0, "due": next(moves, 0)}
-        for layer in self.layers.values():
-            layer.steps = self.steps  # so that merge() can tell of steps to come
+                 k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0,
+                 min_rank: int = 1):
+        self.layers = _adapted(model)  # module name -> SVDLinear
+        self.optimizer, self.schedule, self.k = optimizer, schedule, k
+        self.beta1, self.beta2, self.seed, self.min_rank = beta1, beta2, seed, min_rank
+        _check_allocator(self)
+
+    @property
+    def t(self) -> int:
+        """The number of steps so far."""
+        return self.optimizer.param_groups[0].get("elalora_step", 0)
 
     def step(self) -> Adjustment | None:
         """One iteration of Algorithm 1's loop; returns the adjustment, None where b^(t) = 0.
 
         Call it once per optimizer step, after optimizer.step() and before zero_grad(). Ours: a step
-        with a gradient that is not finite changes no score, but it counts as a step, and ranks may
-        move at it. A layer of which a factor is frozen keeps its ranks.
-
-        Raises ValueError, before any change, if there is no gradient to score, if parameters were
-        replaced, or if the optimizer's state cannot be resized. Warns if all gradients are 0, and
-        when there are more steps than the schedule's total_steps.
+        with a gradient that is not finite changes no score, but it counts, and ranks may move at
+        it. A layer with a frozen factor keeps its ranks. Raises ValueError, before any rank moves,
+        if the loss reaches no adapter, if all scores are 0, if parameters were replaced, or if the
+        optimizer's state cannot be resized. Warns if the loss misses an adapter.
         """
-        if self.t == self.schedule.total_steps:
-            warnings.warn(f"step() is called more often than total_steps = {self.t}; call it once "
-                          "per optimizer step, not for every micro-batch", stacklevel=2)
-        if self.t < self.schedule.search_end:  # from the first step, so that averages settle
-            self._update_averages()
-        self.t = self.steps["done"] = self.t + 1
-        if (b := self.schedule.budget(self.t)) == 0:
+        _check_step(self)
+        t = self.t + 1
+        self.optimizer.param_groups[0]["elalora_step"] = t
+        if t <= self.schedule.search_end:
+            _update_states(self)  # eq. 1 and 3 for every factor
+        b = self.schedule.budget(t)
+        if b == 0:
             return None
-        scores = {name: S.tolist() for name, S in self.importance().items()
-                  if all(w.requires_grad and w in self.optimized
-                         for w in self.layers[name].parameters(recurse=False))}
-        max_ranks = {name: layer.max_rank for name, layer in self.layers.items()}
-        pruned, expanded = select(scores, max_ranks, self.k, b)
+        scores = _movable_scores(self)  # name -> S_i, in Python numbers
+        max_ranks = {name: self.layers[name].max_rank for name in scores}
+        pruned, expanded = select(scores, max_ranks, self.k, b, self.min_rank)
         for name, layer in self.layers.items():
             if name in pruned or name in expanded:
                 keep = [i for i in range(layer.rank) if i not in pruned.get(name, [])]
-                resize(layer, keep, expanded.get(name, 0), self.generator,
-                       (self.optimizer.state, self.averages))
-        return Adjustment(self.t, b, pruned, expanded)
-
-    def _update_averages(self) -> None:
-        scored = [w for w in self.factors.values() if w.grad is not None]
-        if not scored or self.t == 0 or self.schedule.budget(self.t + 1):  # an adjustment is next
-            self._check()
-        if not scored:
-            raise ValueError(
-                "no gradients: call step() after optimizer.step() and before zero_grad()")
-        self._check_averages()
-        gradients = [w.grad for w in self.optimized if w.grad is not None]
-        norms = torch._foreach_norm(gradients, math.inf)
-        largest = torch.stack([norm.to(norms[0].device) for norm in norms]).max().item()
-        if largest == 0:
-            warnings.warn("all gradients are 0: call step() before zero_grad()", stacklevel=3)
-        if math.isfinite(largest):
-            update_averages(scored, self.averages, self.beta1, self.beta2)
-
-    def _check_averages(self) -> None:
-        if any(average["I_bar"].shape != w.shape for w, average in self.averages.items()):
-            raise ValueError("ranks were loaded, but not the allocator's own load_state_dict()")
-
-    def _check(self) -> None:
-        """Of all layers, before any of them is resized."""
-        for name, layer in self.layers.items():
-            if any(self.factors[_key(name, f)] is not getattr(layer, f) for f in RANK_DIM):
-                raise ValueError(f"the parameters of {name!r} were replaced, as assign=True does "
-                                 "when loading; make optimizer and allocator after that")
-            _state_slots(layer, [self.optimizer.state])
+                own_seed = zlib.crc32(f"{self.seed} {t} {name}".encode())
+                generator = torch.Generator("cpu").manual_seed(own_seed)
+                resize(layer, keep, expanded.get(name, 0), generator, self.optimizer.state)
+        return Adjustment(t, b, pruned, expanded, scores)
 
     def importance(self) -> dict[str, Tensor]:
-        """Module name -> S_i = s(Lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij), (rank,), float32.
-
-        Raises ValueError if ranks were loaded without load_state_dict().
-        """
-        self._check_averages()
-        s = {w: a["I_bar"] * a["U_bar"] for w, a in self.averages.items()}  # eq. 3
-        return {name: s[layer.Lambda] + s[layer.P].mean(dim=0) + s[layer.Q].mean(dim=1)
-                for name, layer in self.layers.items()}  # eq. 2
+        """Module name -> S_i = s(Lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij), (rank,)."""
+        S = {}
+        for name, layer in self.layers.items():
+            s = {}
+            for factor in RANK_DIM:
+                I_bar, U_bar = _averages(self.optimizer, getattr(layer, factor))  # shaped as factor
+                s[factor] = I_bar * U_bar  # eq. 3
+            S[name] = s["Lambda"] + s["P"].mean(dim=0) + s["Q"].mean(dim=1)  # eq. 2
+        return S
 
     def ranks(self) -> dict[str, int]:
         """Module name -> present rank, a map that inject() takes."""
         return {name: layer.rank for name, layer in self.layers.items()}
 
-    def state_dict(self) -> dict:
-        """Step, averages and random state; torch.load(weights_only=True) reads them back."""
-        averages = {name: copy.deepcopy(self.averages[w]) for name, w in self.factors.items()}
-        return {"step": self.t, "averages": averages, "generator": self.generator.get_state()}
 
-    def load_state_dict(self, state: Mapping) -> None:
-        """Restores state_dict(), once load_adapter_state_dict() has restored the ranks.
-
-        Raises ValueError, before any change, if modules or ranks differ.
-        """
-        given = {(name, key): average.shape for name, averages in state["averages"].items()
-                 for key, average in averages.items()}
-        needed = {(name, key): w.shape for name, w in self.factors.items()
-                  for key in ("I_bar", "U_bar")}
-        if wrong := sorted(dict(given.items() ^ needed.items())):
-            raise ValueError(f"{wrong[0][0]!r} does not fit; call load_adapter_state_dict() first")
-        self.generator.set_state(state["generator"].cpu())
-        self.t = self.steps["done"] = state["step"]
-        for name, w in self.factors.items():
-            saved = state["averages"][name]
-            self.averages[w] = {key: saved[key].to(w.device, copy=True) for key in saved}
+# ==== You may stop reading here: what follows is around the method ================================
 
 
-# ==== Around the method: merging, saving, exporting, checks =======================================
-@torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
-    """Adds every update to its base weight, puts the frozen nn.Linear back; returns the model.
+# ---- Adapting and merging a model ----
+def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[str, int],
+           alpha: float = 16.0, dropout: float = 0.0, modules_to_save: Sequence[str] = ()
+           ) -> nn.Module:
+    """Freezes a model and wraps the linear layers of the given names in SVDLinear; returns it.
 
-    Raises ValueError, before any change, if a weight is no plain floating-point matrix, but
-    quantized, sharded or parametrized.
+    Names match by whole components from the right: "output.dense" matches "layer.0.output.dense",
+    and "k" never matches "block". rank is that of every matrix, or a map from names to ranks such
+    as RankAllocator.ranks(). The modules_to_save, such as a new head, are trained in full. Cast the
+    model, and add tokens to it, before inject(). Torch's seed and a module's name decide where its
+    P and Q start, whichever other matrices are adapted. Warns if the model has stacked experts.
+
+    Raises ValueError, before any change, if a name matches nothing, if a target is not a linear
+    layer, lies in a saved module or shares its weight, if a number is out of range, if the rank map
+    names other modules, or if the model has adapters already.
     """
-    layers = _adapted(model)
-    _warn_if_unfinished(layers)
-    for name, layer in layers.items():
-        weight = layer.base_layer._parameters.get("weight")  # weight_norm() takes it out of there
-        if (type(weight) is not nn.Parameter or weight.shape != (len(layer.P), layer.Q.shape[1])
-                or not weight.is_floating_point() or weight.element_size() < 2):  # scaled float8
-            raise ValueError(f"{name!r} has a weight that is quantized, sharded or parametrized: "
-                             "make it a plain one (dequantize it) before merging")
-    for layer in layers.values():
-        weight = layer.base_layer.weight
-        merged = (weight.to(layer.P.dtype) + layer.delta_weight()).to(weight.dtype)
-        layer.base_layer.weight = nn.Parameter(merged, False)  # new: others may hold the old one
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, SVDLinear) and name:
-            model.set_submodule(name, module.base_layer)
-        module.__dict__.pop("elalora_saved", None)
-    return model.base_layer if isinstance(model, SVDLinear) else model
-
-
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of P, Lambda, Q, scaling of every adapted module, and all of every module_to_save."""
-    own = {_key(name, key) for name in _adapted(model) for key in (*RANK_DIM, "scaling")}
-    saved = tuple(f"{n}." for n, m in model.named_modules() if hasattr(m, "elalora_saved"))
-    state = {key: value.clone() for key, value in model.state_dict().items()
-             if key in own or key.startswith(saved)}
-    _check_whole(state.values())
-    return state
+    inner = _unwrapped(model)
+    targets = _matching(inner, target_modules, "target_modules")
+    saved = _matching(inner, modules_to_save, "modules_to_save")
+    ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
+    _check_injection(inner, targets, saved, ranks, alpha, dropout)
+    seed = int(torch.randint(2**62, (), device="cpu"))
+    layers: dict[nn.Module, SVDLinear] = {}
+    for name, base_layer in targets.items():
+        generator = torch.Generator("cpu").manual_seed(seed ^ zlib.crc32(name.encode()))
+        layer = SVDLinear(base_layer, ranks[name], alpha, dropout, generator)
+        layer.scaling.fill_(alpha * len(ranks) / sum(ranks.values()))
+        layers[base_layer] = layer
+    inner.requires_grad_(False)
+    for name, module in list(inner.named_modules(remove_duplicate=False)):
+        if module in layers:  # in every place where it stands
+            inner.set_submodule(name, layers[module])
+    for module in saved.values():
+        module.requires_grad_(True)
+    return model
 
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it the adapted layers compute as their bases, such as for DPO's reference model.
+    """Inside the block, adapted layers compute what their base layers do, as DPO's reference does.
 
-    The modules_to_save stay as they were trained.
+    Whatever else was trained stays as it is.
     """
-    before = {layer: layer.disabled for layer in _adapted(model).values()}
+    layers = _adapted(model).values()
     try:
-        for layer in before:
+        for layer in layers:
             layer.disabled = True
         yield model
     finally:
-        for layer, disabled in before.items():
-            layer.disabled = disabled
+        for layer in layers:
+            layer.disabled = False
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Adds every update to its base weight, puts the frozen base layer back; returns the model.
+
+    Raises ValueError, before any change, if a weight is not a plain floating-point matrix.
+    """
+    layers = _adapted(model)
+    for name, layer in layers.items():
+        _require(_is_plain(layer), f"the weight of {name!r} is quantized, sharded, "
+                 "parametrized or on the meta device; make it a plain one before merging")
+    for layer in layers.values():
+        base = layer.base_layer
+        unchanged = _turned(base, layer.delta_weight()) == 0  # adding 0 would turn -0.0 into 0.0
+        weight = torch.where(unchanged, base.weight, _updated_weight(layer))
+        base.weight = nn.Parameter(weight, False)  # a new one: others may hold the old one
+    inner = _unwrapped(model)
+    for name, module in list(inner.named_modules(remove_duplicate=False)):
+        if isinstance(module, SVDLinear) and name:
+            inner.set_submodule(name, module.base_layer)
+    return model.base_layer if isinstance(model, SVDLinear) else model
+
+
+# ---- Saving, loading, exporting ----
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all that training changes: the factors and their scaling, whatever else is trained,
+    and the running statistics of batch norms."""
+    inner = _unwrapped(model)
+    parts = (*RANK_DIM, "scaling")
+    keys = {f"{name}.{part}".lstrip(".") for name in _adapted(inner) for part in parts}
+    keys |= {name for name, w in inner.named_parameters(remove_duplicate=False) if w.requires_grad}
+    whole = _trained_modules(inner)
+    state = {key: x for key, x in inner.state_dict().items() if key in keys or _is_in(key, whole)}
+    _check_whole(state.values())
+    return {key: x.clone() for key, x in state.items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Restores adapter_state_dict() into a model with the same modules injected, at any ranks.
 
-    Raises ValueError, before any change, if a tensor is missing, unknown or has a wrong shape.
+    What this model has frozen is loaded, too, and stays frozen. Raises ValueError, before any
+    change, if a tensor is missing, unknown or has a wrong shape.
     """
-    layers, present = _adapted(model), adapter_state_dict(model)
-    if wrong := sorted(present.keys() ^ state.keys()):
-        raise ValueError(f"missing in the state, or unknown to the model: {', '.join(wrong[:8])}")
-    shapes = {key: tuple(value.shape) for key, value in present.items()}
-    for name, layer in layers.items():
-        rank = state[_key(name, "Lambda")].numel()
+    inner = _unwrapped(model)
+    own = inner.state_dict()
+    wrong = (adapter_state_dict(inner).keys() - state.keys()) | (state.keys() - own.keys())
+    _require(not wrong, f"missing in the state, or unknown to the model: {sorted(wrong)[:8]}")
+    shapes = {key: own[key].shape for key in state}
+    for name, layer in _adapted(inner).items():
+        rank = state[f"{name}.Lambda".lstrip(".")].numel()
         _check_layer(repr(name), layer.base_layer, rank)
-        shapes |= {_key(name, factor): shape for factor, shape in layer._shapes(rank).items()}
+        for factor, shape in _shapes(layer.base_layer, rank).items():
+            shapes[f"{name}.{factor}".lstrip(".")] = shape
     for key, shape in shapes.items():
-        if state[key].shape != shape:
-            raise ValueError(f"{key} has shape {list(state[key].shape)}, the model needs "
-                             f"{list(shape)}")
-    model.load_state_dict(state, strict=False)
+        _require(state[key].shape == shape,
+                 f"{key} has shape {[*state[key].shape]}, the model needs {[*shape]}")
+    inner.load_state_dict(state, strict=False)
+
+
+def _resize_to_load(layer: SVDLinear, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    """Lets load_state_dict() restore any rank. Torch then refuses what does not fit."""
+    given = {f: state[prefix + f].shape for f in RANK_DIM if prefix + f in state}
+    rank = given.get("Lambda", layer.Lambda.shape).numel()
+    fits = given == _shapes(layer.base_layer, rank) and 1 <= rank <= layer.max_rank
+    for factor, shape in given.items() if fits else ():
+        w = getattr(layer, factor)
+        if w.shape != shape:
+            w.grad = None
+            with torch.no_grad():
+                w.set_(w.new_empty(shape))
 
 
 @torch.no_grad()
 def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -> None:
     """Writes a LoRA adapter that peft.PeftModel.from_pretrained(base, directory) loads.
 
-    A is Q, B is P diag(Lambda), and alpha is scaling times rank. PEFT takes any module for a saved
-    one whose name ends like a saved one's: all of these are written in whole. Needs safetensors.
-    Raises ValueError for a layer that PEFT cannot name.
+    A is Q and B is P diag(Lambda), both padded with zeros to the largest rank of all matrices. So
+    one rank and one alpha hold for all of them, which every reader of LoRA files understands.
+    Whatever else was trained is written in whole modules. Needs safetensors. Raises ValueError for
+    what PEFT cannot name.
     """
     from safetensors.torch import save_file
-    layers, modules = _adapted(model), dict(model.named_modules(remove_duplicate=False))
-    _warn_if_unfinished(layers)
-    saved = [name for name, module in modules.items() if hasattr(module, "elalora_saved")]
-    trained = {w for name in saved for w in modules[name].parameters()}
-    saved += [name for name, module in modules.items()  # the other ends of tied weights
-              if trained.intersection(module.parameters(recurse=False))
-              and not f"{name}.".startswith(tuple(f"{s}." for s in saved))]
-    whole = [name for name in modules if name.endswith(tuple(saved))]
-    lora = {n: m for n, m in layers.items() if not any(f"{n}.".startswith(f"{w}.") for w in whole)}
-    if not lora or [n for n, m in modules.items() if n and isinstance(m, SVDLinear)] != [*layers]:
-        raise ValueError("PEFT cannot name a layer: it stands in two places, or its name ends like "
-                         "a saved module's")
-    with warnings.catch_warnings(action="ignore"):  # already warned above
-        source = model if lora == layers else merge(copy.deepcopy(model))
-    tensors = {f"{name}.lora_A.weight": layer.Q for name, layer in lora.items()}
-    tensors |= {f"{name}.lora_B.weight": layer.P * layer.Lambda for name, layer in lora.items()}
+    inner = _unwrapped(model)
+    layers = _adapted(inner)
+    modules = dict(inner.named_modules(remove_duplicate=False))
+    saved = _modules_to_save(inner)
+    whole = [name for name in modules if name.endswith(tuple(saved))]  # as PEFT matches names
+    _check_names(layers, modules, whole)
+    first = next(iter(layers.values()))
+    scaling = first.scaling.item()
+    r = max(layer.rank for layer in layers.values())
+    tensors = {}
+    for name, layer in layers.items():
+        d_out, d_in = _sizes(layer.base_layer)
+        A = layer.Q.new_zeros(r, d_in)
+        B = layer.P.new_zeros(d_out, r)
+        A[: layer.rank] = layer.Q
+        B[:, : layer.rank] = layer.P * layer.Lambda * (layer.scaling / scaling)
+        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
     for name in whole:
-        tensors |= source.get_submodule(name).state_dict(prefix=f"{name}.")
-    ranks = {f"^{re.escape(name)}": layer.rank for name, layer in lora.items()}
-    alphas = {f"^{re.escape(n)}": layer.rank * layer.scaling.item() for n, layer in lora.items()}
-    kind = next(c for c in type(model).__mro__ if "torch.distributed" not in c.__module__)  # FSDP's
-    auto = dict(base_model_class=kind.__name__, parent_library=kind.__module__)
+        tensors |= modules[name].state_dict(prefix=f"{name}.")
+    tensors = {f"base_model.model.{_plain_name(key)}": x.contiguous().clone()
+               for key, x in tensors.items()}
+    kind = next(c for c in type(inner).__mro__ if "torch.distributed" not in c.__module__)  # FSDP's
+    is_causal_lm = kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
     config = dict(
-        peft_type="LORA", base_model_name_or_path=base_model_name, modules_to_save=saved,
-        auto_mapping=auto,  # for PEFT's AutoPeftModel classes
-        target_modules="|".join(map(re.escape, lora)), r=max(ranks.values()), rank_pattern=ranks,
-        lora_alpha=max(alphas.values()), alpha_pattern=alphas)
-    (folder := Path(directory)).mkdir(parents=True, exist_ok=True)
+        peft_type="LORA", task_type="CAUSAL_LM" if is_causal_lm else None, r=r,
+        lora_alpha=scaling * r, lora_dropout=first.dropout.p,
+        base_model_name_or_path=base_model_name,
+        target_modules=[_plain_name(name) for name in layers],
+        modules_to_save=[_plain_name(name) for name in saved] or None,
+        fan_in_fan_out=any(_is_conv1d(layer.base_layer) for layer in layers.values()),
+        auto_mapping=dict(base_model_class=kind.__name__, parent_library=kind.__module__))
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as own:  # several processes may export at once
-        save_file({f"base_model.model.{key}": tensor.clone(memory_format=torch.contiguous_format)
-                   for key, tensor in tensors.items()}, f"{own}/adapter_model.safetensors")
+        save_file(tensors, f"{own}/adapter_model.safetensors")
         Path(own, "adapter_config.json").write_text(json.dumps(config, indent=1))
         for file in ("adapter_model.safetensors", "adapter_config.json"):
             Path(own, file).replace(folder / file)
 
 
+def _trained_modules(model: nn.Module) -> list[str]:
+    """The outermost modules that are trained in full, and batch norms: their statistics move."""
+    names: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        trained = [w.requires_grad for w in module.parameters()]
+        moves = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        if (moves or trained and all(trained)) and not _is_in(name, names):
+            names.append(name)
+    return names
+
+
+def _modules_to_save(model: nn.Module) -> list[str]:
+    """The outermost modules around all that is trained and is not an adapter."""
+    names = _trained_modules(model)
+    for key, w in model.named_parameters(remove_duplicate=False):
+        owner = key.rpartition(".")[0]
+        if w.requires_grad and not isinstance(model.get_submodule(owner), SVDLinear):
+            names.append(owner)
+    return sorted(name for name in set(names) if not _is_in(name, set(names) - {name}))
+
+
+def _check_names(layers: Mapping[str, SVDLinear], modules: Mapping[str, nn.Module],
+                 whole: Sequence[str]) -> None:
+    places = [name for name, module in modules.items() if isinstance(module, SVDLinear)]
+    ends = tuple(f".{name}" for name in layers)
+    alike = [name for name in modules if name.endswith(ends)]
+    inside = [name for name in layers if _is_in(name, whole)]
+    _require("" not in layers and "" not in whole, "PEFT cannot name the model itself")
+    _require(places == [*layers], f"PEFT cannot name {[*places]}: a layer stands in two places")
+    _require(not alike, f"PEFT would adapt {alike}, too: the name ends like an adapted one's")
+    _require(not inside, f"PEFT cannot adapt {inside}: PEFT saves the whole module around it")
+
+
+# ---- What other code reads and writes of a linear layer ----
+class _NoNumbers(Tensor):
+    """Stands for a quantized or sharded weight: it has a shape, a type and a device alone."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function: object, *_: object) -> None:
+        raise ValueError(f"{function} computes with the weight of an adapted layer, whose base is "
+                         "quantized or sharded; do not adapt this layer")
+
+
+def _updated_weight(layer: SVDLinear) -> Tensor:
+    """W0 + delta_weight(), shaped as W0, with gradient, for code that reads it and does not call
+    the layer. Every read computes the whole matrix. Of a quantized or sharded base, only shape,
+    type and device can be read: computing with this weight raises ValueError."""
+    base = layer.base_layer
+    W0 = base.weight
+    if not _is_plain(layer):
+        return Tensor._make_wrapper_subclass(_NoNumbers, W0.shape, dtype=W0.dtype, device=W0.device)
+    return W0 if layer.disabled else (W0 + _turned(base, layer.delta_weight())).to(W0.dtype)
+
+
+def _set_attribute(layer: SVDLinear, name: str, value: object) -> None:
+    """Hands a new weight or bias to the base layer, as tie_weights() of transformers needs it."""
+    if name not in ("weight", "bias"):
+        return nn.Module.__setattr__(layer, name, value)
+    present = getattr(layer.base_layer, name)
+    if isinstance(value, Tensor) and isinstance(present, Tensor):
+        _require(value.shape == present.shape, f"the {name} of an adapted layer cannot become "
+                 f"{[*value.shape]}; resize the model (add tokens) before inject()")
+    setattr(layer.base_layer, name, value)
+
+
+SVDLinear.weight = property(_updated_weight)
+SVDLinear.bias = property(lambda layer: layer.base_layer.bias, doc="The bias of the base layer.")
+SVDLinear.__setattr__ = _set_attribute
+
+
+def _is_conv1d(base: nn.Module) -> bool:
+    """GPT-2's linear layer, of transformers. Its weight is (d_in, d_out)."""
+    return f"{type(base).__module__}.{type(base).__name__}" == "transformers.pytorch_utils.Conv1D"
+
+
+def _sizes(base: nn.Module) -> tuple[int, int]:
+    """d_out, d_in."""
+    return (base.nf, base.nx) if _is_conv1d(base) else (base.out_features, base.in_features)
+
+
+def _turned(base: nn.Module, delta: Tensor) -> Tensor:
+    """An update (d_out, d_in), as the base has its weight."""
+    return delta.T if _is_conv1d(base) else delta
+
+
+def _shapes(base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
+    d_out, d_in = _sizes(base)
+    return {"P": (d_out, rank), "Lambda": (rank,), "Q": (rank, d_in)}
+
+
+def _is_plain(layer: SVDLinear) -> bool:
+    """Whether the base's weight is a matrix of numbers that can be added to."""
+    weight = layer.base_layer._parameters.get("weight")  # weight_norm() takes it out of there
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
+    if not plain or weight.element_size() < 2:  # float8 would need its scale
+        return False
+    delta = _turned(layer.base_layer, layer.P[:, :1] * layer.Q[:1])
+    _require(weight.shape == delta.shape, f"a base weight became {[*weight.shape]}, its update is "
+             f"{[*delta.shape]}; resize the model (add tokens) before inject()")
+    return True
+
+
+# ---- What RankAllocator reads and writes ----
+def _factors(allocator: RankAllocator) -> dict[str, nn.Parameter]:
+    """Name -> parameter, for every factor."""
+    return {f"{name}.{factor}".lstrip("."): getattr(layer, factor)
+            for name, layer in allocator.layers.items() for factor in RANK_DIM}
+
+
+def _optimized(optimizer: torch.optim.Optimizer) -> dict[Tensor, None]:
+    """All parameters of an optimizer, in their order."""
+    return {w: None for group in optimizer.param_groups for w in group["params"]}
+
+
+def _averages(optimizer: torch.optim.Optimizer, w: Tensor) -> tuple[Tensor, Tensor]:
+    """I_bar and U_bar of a factor; 0 before its first gradient."""
+    state = optimizer.state.get(w, {})
+    if "I_bar" not in state:
+        return torch.zeros_like(w), torch.zeros_like(w)
+    return state["I_bar"], state["U_bar"]
+
+
+@torch.no_grad()
+def _update_states(allocator: RankAllocator) -> None:
+    """update_averages() for all factors that have a gradient, as one long vector on each device.
+
+    If a gradient is not finite, nothing changes. That is decided on the device, so nothing waits.
+    """
+    optimizer = allocator.optimizer
+    gradients = [w.grad for w in _optimized(optimizer) if w.grad is not None]
+    finite = nn.utils.get_total_norm(gradients, math.inf).isfinite()  # ()
+    by_device = defaultdict(list)
+    for w in _factors(allocator).values():
+        # Adam initializes a state that is empty. A GradScaler may put that off; SGD never does it.
+        has_started = optimizer.state.get(w) or "dampening" in optimizer.param_groups[0]
+        if w.grad is not None and has_started:
+            by_device[w.device].append(w)
+    for device, weights in by_device.items():
+        w, gradient = _flat(weights), _flat([w.grad for w in weights])  # (n,)
+        old = [_flat(averages) for averages in zip(*(_averages(optimizer, w) for w in weights))]
+        new = update_averages(w, gradient, *old, allocator.beta1, allocator.beta2)
+        for key, before, after in zip(("I_bar", "U_bar"), old, new):  # (n,)
+            kept = torch.where(finite.to(device), after, before)
+            for w, part in zip(weights, kept.split([w.numel() for w in weights])):
+                optimizer.state[w][key] = part.view_as(w)
+
+
+def _movable_scores(allocator: RankAllocator) -> dict[str, list[float]]:
+    """Module name -> S_i, of the layers whose factors are all trained. Only here a step waits."""
+    _check_states(allocator)
+    optimized = _optimized(allocator.optimizer)
+    S = {}
+    for name, importance in allocator.importance().items():
+        weights = [getattr(allocator.layers[name], factor) for factor in RANK_DIM]
+        if all(w.requires_grad and w in optimized for w in weights):
+            S[name] = importance
+    device = next((importance.device for importance in S.values()), None)
+    numbers = _flat(importance.to(device) for importance in S.values()).tolist() if S else [1.0]
+    if not 0 < max(numbers) < math.inf:
+        raise ValueError(f"the highest score of all ranks is {max(numbers)}, it must be a positive "
+                         "number; call step() after optimizer.step() and before zero_grad()")
+    remaining = iter(numbers)
+    return {name: [next(remaining) for _ in importance] for name, importance in S.items()}
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([x.flatten() for x in tensors])
+
+
+def _take(x: Tensor, keep: Sequence[int], dim: int) -> Tensor:
+    """These slices of x along a dimension. An index tensor would have to be sent to the device."""
+    return torch.cat([x.narrow(dim, i, 1) for i in keep], dim)
+
+
+def _keys_per_weight(state: Mapping) -> list[str]:
+    """What an optimizer holds for every single weight; not its step count, which has no shape."""
+    return [key for key, value in state.items() if getattr(value, "ndim", 0)]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+# ---- Names and modules ----
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model within the wrappers of torch.compile and DistributedDataParallel."""
+    while isinstance(model, torch._dynamo.OptimizedModule | nn.parallel.DistributedDataParallel):
+        model = model._modules.get("_orig_mod") or model.module
+    return model
+
+
 def _adapted(model: nn.Module) -> dict[str, SVDLinear]:
-    layers = {n: module for n, module in model.named_modules() if isinstance(module, SVDLinear)}
-    if not layers:
-        raise ValueError("the model has no SVDLinear; call inject(model, ...) first")
+    """Module name -> SVDLinear. ValueError if there is none, or if it is sharded."""
+    modules = _unwrapped(model).named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, SVDLinear)}
+    _require(bool(layers), "the model has no SVDLinear; call inject(model, ...) first")
     for name, layer in layers.items():
         _check_layer(repr(name), layer.base_layer, layer.rank)
-    _check_whole(layer.P for layer in layers.values())
+        _check_whole([layer.P])
     return layers
 
 
-def _key(name: str, factor: str) -> str:
-    return f"{name}.{factor}" if name else factor  # no name: the model itself is an SVDLinear
+def _is_in(name: str, others: Iterable[str]) -> bool:
+    """Whether a name is one of the others, or within one."""
+    return f"{name}.".startswith(tuple(f"{other}." for other in others))
+
+
+def _plain_name(name: str) -> str:
+    """The name without the components that wrappers of modules add."""
+    wrappers = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def _matching(model: nn.Module, names: Sequence[str], argument: str) -> dict[str, nn.Module]:
-    if isinstance(names, str):
-        raise ValueError(f"{argument} must be a list of names, got the string {names!r}")
-    modules, found = dict(model.named_modules()), set()
+    """The modules that the names match, by whole components from the right."""
+    _require(not isinstance(names, str), f"{argument} must be a list, got the string {names!r}")
+    modules = dict(model.named_modules())
+    linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)}
+    stacked = {name.rpartition(".")[2] for name in _stacked(model)}
+    hint = f"linear layers end in {', '.join(sorted(linear)[:12])}"
+    if stacked:
+        hint += f"; {', '.join(sorted(stacked))} are stacked in 3 dimensions, not to be adapted"
+    found = set()
     for wanted in names:
-        if not (matches := {n for n in modules if n and f".{n}".endswith(f".{wanted}")}):
-            ends = {n.rpartition(".")[2] for n in modules if isinstance(modules[n], nn.Linear)}
-            raise ValueError(f"{argument}: {wanted!r} matches no module (it is a name, no pattern);"
-                             f" linear layers end in {', '.join(sorted(ends)[:12])}")
+        matches = {name for name in modules if name and f".{name}".endswith(f".{wanted}")}
+        _require(bool(matches),
+                 f"{argument}: {wanted!r} matches no module (it is a name, no pattern); {hint}")
         found |= matches
     return {name: module for name, module in modules.items() if name in found}
 
 
-def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"{name} must be an nn.Linear, not a {type(layer).__name__}")
-    if layer.weight.dim() != 2:
-        raise ValueError(f"{name} is in flat shards (FSDP 1, ZeRO-3); use FSDP 2: "
-                         "fully_shard(module, ignored_params=what is trained)")
-    limit = min(layer.out_features, layer.in_features)
-    if type(rank) is not int or not 1 <= rank <= limit:  # bools are rejected too
-        raise ValueError(f"the rank of {name} must be an integer in 1..{limit}, got {rank!r}")
+def _stacked(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of three dimensions, as the experts of Mixtral and Qwen3-MoE are."""
+    stacked = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            own = module.named_parameters(name, recurse=False)
+            stacked |= {full: w for full, w in own if w.ndim == 3 and len(w) > 1}
+    return stacked
+
+
+# ---- Checks of input ----
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_integers(owner: object, **least: int) -> None:
+    for name, minimum in least.items():
+        value = getattr(owner, name)
+        _require(type(value) is int and value >= minimum,  # bools are refused, too
+                 f"{name} must be an integer >= {minimum}, got {value!r}")
+
+
+def _check_layer(name: str, layer: nn.Module, rank: int, alpha: float = 1, dropout: float = 0
+                 ) -> None:
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    _require(isinstance(layer, nn.Linear) or _is_conv1d(layer),
+             f"{name} must be a torch.nn.Linear, not a {kind}")
+    _require(layer.weight.dim() == 2, f"{name} is in flat shards (FSDP 1, ZeRO-3); use FSDP 2: "
+             "fully_shard(module, ignored_params=what is trained)")
+    limit = min(_sizes(layer))
+    _require(type(rank) is int and 1 <= rank <= limit,
+             f"the rank of {name} must be an integer in 1..{limit}, got {rank!r}")
+    _require(0 < alpha < math.inf, f"alpha must be a positive number, got {alpha!r}")
+    _require(0 <= dropout < 1, f"dropout must be in [0, 1), got {dropout!r}")
+
+
+def _check_injection(model: nn.Module, targets: Mapping[str, nn.Module],
+                     saved: Mapping[str, nn.Module], ranks: Mapping[str, int], alpha: float,
+                     dropout: float) -> None:
+    for module in model.modules():
+        _require(not isinstance(module, SVDLinear),
+                 "the model is adapted already; merge() it, or load it again")
+        _require(not type(module).__module__.startswith("peft."),
+                 "the model has adapters of PEFT; merge them first, with merge_and_unload()")
+    _require(bool(targets) and ranks.keys() == targets.keys(),
+             f"no targets, or the rank map names other modules: {sorted(ranks.keys() ^ targets)}")
+    trained = {w for module in saved.values() for w in module.parameters()}
+    for name, module in targets.items():
+        _check_layer(repr(name), module, ranks[name], alpha, dropout)
+        _require(not module.weight.is_meta, f"the weight of {name!r} is on the meta device: it was "
+                 "offloaded, or not loaded yet; load the whole model first")
+        _require(trained.isdisjoint(module.parameters()), f"{name!r} would be both adapted and "
+                 "saved; name it in one list only (tied weights count as one)")
+    stacked = sum(w.numel() for w in _stacked(model).values())
+    share = stacked / sum(w.numel() for w in model.parameters())
+    if share > 0.1:
+        warnings.warn(f"{share:.0%} of the weights are stacked in 3 dimensions, as experts are; "
+                      "they cannot be adapted", stacklevel=3)
 
 
 def _check_whole(trained: Iterable[Tensor]) -> None:
-    if any(hasattr(w, "to_local") for w in trained):  # a DTensor
-        raise ValueError("a trained parameter is sharded; shard what is frozen alone: "
-                         "fully_shard(module, ignored_params=what is trained)")
+    _require(not any(hasattr(w, "to_local") for w in trained),  # a DTensor
+             "a trained parameter is sharded; shard what is frozen alone: "
+             "fully_shard(module, ignored_params=what is trained)")
 
 
-def _check_parent(model: nn.Module, name: str) -> None:
-    """Looks into the source code of the module around the layer."""
-    path, _, child = name.rpartition(".")
-    parent = type(model.get_submodule(path))
-    try:
-        source = inspect.getsource(parent.forward)
-    except (OSError, TypeError):  # there is none, as in an interactive session
+def _check_resize(layer: SVDLinear, keep: Sequence[int], n_new: int) -> None:
+    _require(0 < len(keep) == len(set(keep).intersection(range(layer.rank))),
+             f"keep must have distinct ranks of 0..{layer.rank - 1}, at least one, got {[*keep]}")
+    _check_layer("the resized layer", layer.base_layer, len(keep) + n_new)
+
+
+def _check_schedule(schedule: RankSchedule) -> None:
+    _check_integers(
+        schedule, total_steps=1, warmup_steps=0, stabilize_steps=0, adjust_interval=1, b=0)
+    _require(schedule.warmup_steps + schedule.adjust_interval <= schedule.search_end,
+             f"total_steps must hold warm-up, an interval, stabilization: {schedule}")
+    _require(schedule.shape in SHAPES,
+             f"shape must be one of {', '.join(SHAPES)}, got {schedule.shape!r}")
+
+
+def _check_allocator(allocator: RankAllocator) -> None:
+    _check_integers(allocator, k=1, min_rank=1)
+    for beta in (allocator.beta1, allocator.beta2):
+        _require(0 < beta < 1, f"beta1 and beta2 must be in (0, 1), got {beta!r}")
+    optimized = _optimized(allocator.optimizer)
+    _check_whole(optimized)
+    for name, w in _factors(allocator).items():
+        _require(w in optimized or not w.requires_grad, f"the optimizer does not hold {name!r}; "
+                 "make it after inject(), one for all adapters")
+        _require(w.dtype.itemsize >= 4, f"{name!r} is {w.dtype}, which is too coarse to train in; "
+                 "cast the model before inject(), not after it")
+
+
+def _check_step(allocator: RankAllocator) -> None:
+    """All that can be told without waiting for a device."""
+    t, schedule, optimizer = allocator.t, allocator.schedule, allocator.optimizer
+    if t == schedule.total_steps:
+        warnings.warn(f"step() is called more often than total_steps = {t}; call it once per "
+                      "optimizer step, not for every micro-batch", stacklevel=3)
+    if t >= schedule.search_end:
         return
-    if re.search(rf"\bself\.{child}\.weight\b", source):  # MultiheadAttention's out_proj, T5's wo
-        raise ValueError(f"{name!r} cannot be adapted: {parent.__name__}.forward() reads its "
-                         "weight, and would not use the adapter")
+    factors, optimized = _factors(allocator), _optimized(optimizer)
+    _require(any(w.grad is not None for w in factors.values()),
+             "no gradients: call step() after optimizer.step() and before zero_grad()")
+    for name, w in factors.items():
+        _require(w in optimized or w.grad is None, f"{name!r} is not the parameter that the "
+                 "optimizer holds; make optimizer and allocator after loading with assign=True")
+        average, _ = _averages(optimizer, w)
+        _require(average.shape == w.shape, f"{name!r} has shape {[*w.shape]}, its average "
+                 f"{[*average.shape]}: ranks were loaded without the optimizer's state")
+    if t == 0:
+        _check_states(allocator)
+        # Lambda has a gradient from the loss alone; P and Q have one from the penalty, too.
+        Lambdas = {name: w for name, w in factors.items() if w.ndim == 1 and w.requires_grad}
+        missed = [name for name, w in Lambdas.items() if w.grad is None]
+        _require(len(missed) < len(Lambdas) or not missed, "the loss reaches no adapter: no Lambda has a gradient"
+                 ". With reentrant checkpointing, pass use_reentrant=False")
+        if missed:
+            warnings.warn(f"the loss reaches {len(Lambdas) - len(missed)} of {len(Lambdas)} "
+                          f"adapters, but not {missed[0]!r}: is it called?", stacklevel=3)
 
 
-def _warn_if_unfinished(layers: Mapping[str, SVDLinear]) -> None:
-    steps = max((layer.steps for layer in layers.values()), key=lambda steps: steps["done"])
-    if steps["done"] < steps["due"]:
-        warnings.warn("ranks were to move until step {due}, but RankAllocator.step() was called "
-                      "{done} times".format(**steps), stacklevel=4)
+FRESH_AT_ZERO = {  # what is 0 for a weight before its first update, by the optimizer that has it
+    "I_bar", "U_bar",  # RankAllocator
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf",  # Adam, AdamW, NAdam, RAdam, Adamax
+    "momentum_buffer", "square_avg", "grad_avg", "sum",  # SGD, RMSprop, Adagrad
+    "state1", "state2",  # bitsandbytes in 32 bits
+}
+
+
+def _check_states(allocator: RankAllocator) -> None:
+    """Whether new ranks can have zeros in the optimizer's state; of all layers at once."""
+    for name, w in _factors(allocator).items():
+        state = allocator.optimizer.state.get(w, {})
+        for key in _keys_per_weight(state):
+            x = state[key]
+            alike = type(x) is Tensor and (x.shape, x.device) == (w.shape, w.device)
+            _require(alike and key in FRESH_AT_ZERO, f"the optimizer's {key!r} of {name!r}, a "
+                     f"{type(x).__name__} of shape {[*x.shape]} on {x.device}, cannot follow when "
+                     "ranks move; use an optimizer such as AdamW, Adam, SGD, RMSprop or Adagrad")
