@@ -115,12 +115,11 @@ class ElaLoRA(Method):
     def importance(self) -> dict[str, Tensor]:
         return self.allocator.importance()
 
-    # TO BE REPLACED: by {} and pass, once the allocator's state is the optimizer's.
     def state_dict(self) -> dict:
-        return self.allocator.state_dict()
+        return {}  # the allocator's state is the optimizer's
 
     def load_state_dict(self, state: dict) -> None:
-        self.allocator.load_state_dict(state)
+        """There is none."""
 
     def export(self, folder: Path) -> None:
         name = self.config.model or self.config.task

@@ -89,10 +89,8 @@ def train_epoch(problem: Problem, method: Method, epoch: int, log: dict, bar: tq
                 f"loss {losses[-1]} at step {method.t}: try float32 or another seed")
         if adjustment:
             check_alike(problem.model)
-            entry = asdict(adjustment)
-            if "scores" in entry:  # TO BE REPLACED: always, once it has them
-                entry["scores"] = {n: rounded(S, 3) for n, S in adjustment.scores.items()}
-            log["adjustments"].append(entry)
+            scores = {name: rounded(S, 3) for name, S in adjustment.scores.items()}
+            log["adjustments"].append(asdict(adjustment) | dict(scores=scores))
         if method.t in (schedule.warmup_steps, schedule.search_end):
             scores = itertools.chain(*(S.tolist() for S in method.importance().values()))
             log["scores"][method.t] = rounded(scores, 3)
