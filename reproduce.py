@@ -1,6 +1,6 @@
 """Runs ElaLoRA, or a method to compare it with, on one of the paper's experiments.
 
-    python reproduce.py                        # planted ranks: no network, no GPU, MINUTES
+    python reproduce.py                        # planted ranks, no network: half a minute of one core
     python reproduce.py --task mrpc --rank 4   # DeBERTaV3-base on GLUE (section 4.2)
     python reproduce.py --task xsum --rank 2   # BART-base on XSum (section 4.3)
     python reproduce.py --task cifar --rank 8  # ViT-B/16 on VTAB-1k (section 4.4)
@@ -161,7 +161,8 @@ def write_folder(folder: Path, problem: Problem, results: dict) -> None:
               for step, S in results["scores"].items() if S}  # LoRA has none
     if scores:
         report.write(folder / "scores.png", lambda path: figures.distributions(scores, path))
-    text = json.dumps(results, indent=1)
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in results.items()]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"  # a line for each
     report.write(folder / "results.json", lambda path: path.write_text(text))
     (folder / "checkpoint.pt").unlink()
 
