@@ -4,7 +4,6 @@ A method is made of a problem, a run and its recipe. Making it adapts the proble
 the optimizer. All methods scale their updates by alpha / rank.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -23,15 +22,16 @@ class Method:
     """What the loop calls. Here no rank is adapted: only the problem's heads train, which is the
     benchmark's floor. Raises ValueError if the schedule or the ranks do not fit."""
     singular_values = ""  # how the names of such parameters end
-    t = 0  # steps done
+    moves_ranks = True  # False: b = 0
 
     def __init__(self, problem: Problem, config: Config, recipe: Recipe,
                  ranks: dict[str, int] | None = None):
         """ranks: module -> its first rank; by default config.rank for every module."""
         self.problem, self.config, self.recipe = problem, config, recipe
         total = recipe.epochs * problem.steps_per_epoch
-        self.schedule = elalora.RankSchedule(total, recipe.warmup, recipe.stabilize,
-                                             recipe.interval, recipe.b, recipe.shape)
+        b = recipe.b if self.moves_ranks else 0
+        self.schedule = elalora.RankSchedule(
+            total, recipe.warmup, recipe.stabilize, recipe.interval, b, recipe.shape)
         self.adapt(ranks or dict.fromkeys(problem.targets, config.rank))
         rates = {1: [], recipe.lambda_rate: []}  # learning rate / the recipe's -> parameters
         for name, w in trained(problem.model).items():
@@ -41,6 +41,11 @@ class Method:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, foreach=True)
         self.scheduler = transformers.get_scheduler(
             recipe.lr_scheduler, self.optimizer, total // 10, total)
+
+    @property
+    def t(self) -> int:
+        """The optimizer's steps so far."""
+        return self.scheduler.last_epoch
 
     def adapt(self, ranks: dict[str, int]) -> None:
         """Puts adapters into the problem's model, and freezes the rest but for its heads."""
@@ -54,8 +59,7 @@ class Method:
         """What is added to the loss, weighted; a scalar."""
 
     def step(self) -> elalora.Adjustment | None:
-        """Called once per optimizer step, before gradients are zeroed."""
-        self.t += 1
+        """Called after every step of optimizer and scheduler, before gradients are zeroed."""
 
     def ranks(self) -> dict[str, int]:
         """Module -> its present rank."""
@@ -74,11 +78,11 @@ class Method:
         return count
 
     def state_dict(self) -> dict:
-        """What is neither in the trained weights nor in the optimizer and its scheduler."""
-        return {"t": self.t}
+        """What is neither in the trained weights nor in optimizer and scheduler, such as scores."""
+        return {}
 
     def load_state_dict(self, state: dict) -> None:
-        self.t = state["t"]
+        """Restores state_dict()."""
 
     def export(self, folder: Path) -> None:
         """Writes the adapter."""
@@ -105,21 +109,11 @@ class ElaLoRA(Method):
     def step(self) -> elalora.Adjustment | None:
         return self.allocator.step()
 
-    @property
-    def t(self) -> int:
-        return self.allocator.t
-
     def ranks(self) -> dict[str, int]:
         return self.allocator.ranks()
 
     def importance(self) -> dict[str, Tensor]:
         return self.allocator.importance()
-
-    def state_dict(self) -> dict:
-        return {}  # the allocator's state is the optimizer's
-
-    def load_state_dict(self, state: dict) -> None:
-        """There is none."""
 
     def export(self, folder: Path) -> None:
         name = self.config.model or self.config.task
@@ -129,11 +123,8 @@ class ElaLoRA(Method):
 
 
 class EvenRanks(ElaLoRA):
-    """ElaLoRA with b = 0: its ranks never move."""
-
-    def __init__(self, problem: Problem, config: Config, recipe: Recipe,
-                 ranks: dict[str, int] | None = None):
-        super().__init__(problem, config, replace(recipe, b=0), ranks)
+    """ElaLoRA whose ranks never move."""
+    moves_ranks = False
 
 
 class LoRA(Method):
@@ -179,7 +170,6 @@ class AdaLoRA(LoRA):
             deltaT=schedule.adjust_interval, total_step=schedule.total_steps, **names)
 
     def step(self) -> None:
-        super().step()
         self.adapted.base_model.update_and_allocate(self.t)
 
     def penalty(self) -> Tensor:
@@ -209,12 +199,11 @@ class AdaLoRA(LoRA):
         return scores
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {
+        return {
             "averages": {name: getattr(self.allocator, name) for name in self.averages},
             "rank_pattern": self.adapted.peft_config["default"].rank_pattern}
 
     def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
         for name, tensors in state["averages"].items():
             on_device = {parameter: x.to(DEVICE) for parameter, x in tensors.items()}
             setattr(self.allocator, name, on_device)

@@ -5,11 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import transformers
 
 from experiments import benchmark
 from experiments.conftest import PLACES
-from experiments.tables import Config
 
 
 @pytest.fixture
@@ -43,22 +41,6 @@ def test_every_round_times_a_step_of_every_method_on_one_batch(task, short, worl
     for method, ms in results["ms"].items():
         low, median, high = results["ratios_to_frozen"][method]
         assert 0 < low <= median <= high and f"{median:.3f}" in out and f"{ms:.3f}" in out
-
-
-def test_without_a_model_it_takes_one_of_deberta_v3_bases_size(short, monkeypatch):
-    """12 layers of width 768, of which it adapts 72 matrices; here its weights are fewer."""
-    asked, real = {}, transformers.DebertaV2Config
-
-    def small(**sizes):
-        asked.update(sizes)
-        return real(**sizes | dict(hidden_size=48, intermediate_size=48, vocab_size=64))
-
-    monkeypatch.setattr(transformers, "DebertaV2Config", small)
-    config = Config(None, "elalora", 4, 0, dtype="float32")
-    problem = benchmark.random_tokens(config, benchmark.STEP)
-    assert asked["hidden_size"] == 768 and asked["intermediate_size"] == 3072
-    assert len(problem.targets) == 72 and problem.heads == ["pooler", "classifier"]
-    assert problem.batches(1)[0]["input_ids"].shape == (2, 6)
 
 
 def test_bad_arguments_of_the_benchmark_are_refused(refusal):

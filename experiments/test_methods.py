@@ -201,16 +201,6 @@ def test_lambda_rate_multiplies_the_rate_of_singular_values_alone(method, world)
         assert change == pytest.approx((7 if name in singular else 1) * 2e-2, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["elalora", "lora"])
-@pytest.mark.parametrize("task, names, count", [
-    ("planted", ("intermediate.dense",), 2), ("planted", ("key_proj", "dense"), 8),
-    ("cifar", ("q_proj",), 2)])  # fmt: skip
-def test_targets_alone_are_adapted(method, task, names, count, world):
-    """What is not named keeps its weights."""
-    _, found = make(config_of(world, task, method, targets=[*names]))
-    assert len(found.ranks()) == count and all(name.endswith(names) for name in found.ranks())
-
-
 # ---- AdaLoRA, and the benchmark's floor ----
 def test_adaloras_penalty_is_pefts(world):
     """What PEFT's own model adds to the loss: gamma times the mean over 2N of |A A' - I|."""

@@ -304,13 +304,6 @@ def test_results_that_are_broken_or_anothers_are_named(content, tmp_path, refusa
     assert re.search(message, refusal()) and path.read_text() == content
 
 
-def test_a_run_folder_that_is_a_file_is_named_before_training(tmp_path, refusal):
-    """Though the runs before it could be made."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/planted-elalora-r4-s1").write_text("")
-    assert "cannot write in runs/planted-elalora-r4-s1" in refusal("--seeds", 0, 1)
-
-
 # ---- Several processes ----
 def test_two_processes_make_the_run_that_one_makes(world, tmp_path, monkeypatch, refusal):
     """By the command line, without dropout, whose draws differ: losses, metrics and ranks are those

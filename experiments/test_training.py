@@ -21,29 +21,6 @@ from experiments.conftest import arguments_of, config_of, end_of, make
 from experiments.training import train
 
 
-def test_an_evaluation_that_was_interrupted_is_made_again_without_training_again(
-    world, monkeypatch, tmp_path
-):
-    """After the last epoch too: its checkpoint is written before it is evaluated."""
-    config = config_of(world, "planted")
-    _, _, expected = end_of(config, tmp_path / "whole.pt")
-    problem, method = make(config)
-    evaluate = problem.evaluate
-
-    def interrupted(last):
-        if last:
-            raise KeyboardInterrupt
-        return evaluate(last)
-
-    problem.evaluate = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        train(problem, method, config, tmp_path / "checkpoint.pt")
-    monkeypatch.setattr(training, "train_step", None)
-    _, method, log = end_of(config, tmp_path / "checkpoint.pt")
-    assert method.t == 40 and log["history"] == expected["history"]
-    assert all(epoch["metrics"] for epoch in log["history"])
-
-
 def test_a_loss_that_is_no_number_ends_the_run(world, tmp_path):
     """The step is named, and the checkpoint of the last whole epoch stays."""
     config = config_of(world, "planted")
@@ -63,27 +40,33 @@ def files_of(folder):
     return results | dict(seconds=0, command=""), [(folder / n).read_bytes() for n in names]
 
 
-def test_an_interrupted_run_says_so_in_one_line_and_goes_on(
-    world, monkeypatch, tmp_path, capsys, refusal
+@pytest.mark.parametrize("last", [False, True])
+def test_an_interrupted_evaluation_says_so_in_one_line_and_is_made_again(
+    last, world, monkeypatch, tmp_path, capsys, refusal
 ):
-    """Ctrl-C exits with 130; the command alone is refused then, with --resume it goes on."""
+    """Ctrl-C after the first or the last epoch exits with 130. The command alone is refused then;
+    with --resume it goes on, without training again what was trained, and ends as if never
+    interrupted."""
     config = config_of(world, "rte")
     arguments, folder = arguments_of(config), reproduce.folder_of(config, "runs")
-    evaluate = training.evaluate
+    evaluate, step, steps = training.evaluate, training.train_step, []
 
-    def interrupted(*arguments):
-        if (tmp_path / folder / "checkpoint.pt").exists():
+    def interrupted(problem, method, log):
+        if len(log["history"]) == (4 if last else 1):
             raise KeyboardInterrupt
-        return evaluate(*arguments)
+        evaluate(problem, method, log)
 
     with monkeypatch.context() as context, pytest.raises(SystemExit) as exit:
         context.setattr(training, "evaluate", interrupted)
         reproduce.main(arguments)
     assert exit.value.code == 130
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "reproduce.py: interrupted; --resume goes on after the last whole epoch, if any"
+    final = capsys.readouterr().err.splitlines()[-1]
+    assert final == "reproduce.py: interrupted; --resume goes on after the last whole epoch, if any"
     assert "has an unfinished run: --resume goes on with it" in refusal(*arguments)
-    reproduce.main([*arguments, "--resume"])
+    with monkeypatch.context() as context:
+        context.setattr(training, "train_step", lambda *a: steps.append(a) or step(*a))
+        reproduce.main([*arguments, "--resume"])
+    assert len(steps) == (0 if last else 3 * 6)
     reproduce.main([*arguments, "--output-dir", "whole"])
     whole = reproduce.folder_of(config, "whole")
     assert files_of(folder) == files_of(whole) and not (folder / "checkpoint.pt").exists()
