@@ -123,6 +123,7 @@ def folder_of(config: Config, output_dir: str) -> Path:
 
 def run(config: Config, recipe: Recipe, ranks: dict[str, int] | None, folder: Path) -> dict:
     """Trains once, writes the run's folder and returns what is in its results.json."""
+    code = commit()  # now: it may change while the run trains
     transformers.set_seed(config.seed)
     problem = make_problem(config, recipe)
     total = recipe.epochs * problem.steps_per_epoch
@@ -139,7 +140,7 @@ def run(config: Config, recipe: Recipe, ranks: dict[str, int] | None, folder: Pa
         adapter_parameters=method.parameters(),
         trainable_parameters=sum(w.numel() for w in trained(problem.model).values()),
         total_steps=method.t, seconds=round(log["seconds"], 1),
-        command=shlex.join(["python", "reproduce.py", *sys.argv[1:]]), commit=commit(),
+        command=shlex.join(["python", "reproduce.py", *sys.argv[1:]]), commit=code,
         versions=versions(), ranks=method.ranks(), history=log["history"],
         adjustments=log["adjustments"], scores=log["scores"])
     if shared.PROCESS == 0:
@@ -219,8 +220,10 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None
         lines = report.describe(results or run(config, recipe, ranks, folder))
         print(*lines, f"  {'finished before' if results else 'written'}: {folder}", sep="\n",
               flush=True)
-    if shared.PROCESS == 0 and (tables := report.compare(Path(args.output_dir), asdict(config))):
-        print(tables)
+    if shared.PROCESS == 0:
+        tables = report.compare(Path(args.output_dir), asdict(config))
+        if tables:  # of several runs
+            print(tables)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """What GLUE, XSum and VTAB share: pre-trained models, data sets, batches, predictions."""
 
 import hashlib
+import itertools
 import math
 import os
 import random
@@ -147,10 +148,11 @@ def predictions(rows: Sized, batch_size: int, predict: Callable, collate: Callab
     for batch in DataLoader(Subset(rows, own), batch_size, collate_fn=collate):
         with autocast(config):
             found += predict(batch)
-    shares = [by_row := dict(zip(own, found))]
+    by_row = dict(zip(own, found))
     if shared.PROCESSES > 1:
-        distributed.all_gather_object(shares := [None] * shared.PROCESSES, by_row)
-    by_row = {i: x for share in shares for i, x in share.items()}
+        shares = [{}] * shared.PROCESSES
+        distributed.all_gather_object(shares, by_row)
+        by_row = dict(itertools.chain(*(share.items() for share in shares)))
     return [by_row[i] for i in range(len(rows))]
 
 

@@ -73,7 +73,8 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
         raise ValueError(f"--model: the tokenizer of {model} has no pad token, which batches need")
     mapped = character_map(tokenizer)
     for split, rows in zip(splits, loaded):
-        check_labels(labels := list(rows["label"]), task, f"{data_dir or HUB}, {name}, {split}")
+        labels = list(rows["label"])
+        check_labels(labels, task, f"{data_dir or HUB}, {name}, {split}")
         texts = [[mapped(text) for text in rows[column]] for column in task.texts]
         encoding = tokenizer(*texts, truncation=True, max_length=MAX_TOKENS)
         columns = {**encoding, "labels": labels}

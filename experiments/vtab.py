@@ -53,7 +53,8 @@ class Images(Dataset):
     """
     def __init__(self, folder: Path | zipfile.Path, split: str, processor):
         self.folder, self.processor, self.rows = folder, processor, []
-        if not (path := folder / f"{split}.txt").is_file():
+        path = folder / f"{split}.txt"
+        if not path.is_file():
             raise ValueError(f"{path}: no such list of images")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             name, _, label = line.rpartition(" ")
