@@ -6,7 +6,7 @@ A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. A ra
 its singular value in Lambda, and its row of Q. Its score is the smoothed sensitivity of the loss to
 these weights, times the uncertainty of that sensitivity. At scheduled steps the b ranks with the
 lowest scores are pruned, in whichever matrices they are. As many new ranks go to the matrices whose
-own lowest scores are the highest. So the sum of all ranks never changes.
+weakest ranks have the highest scores. So the sum of all ranks never changes.
 
     inject(model, ["query", "value"], rank=4, modules_to_save=["classifier"])
     weights = [w for w in model.parameters() if w.requires_grad]
@@ -38,7 +38,6 @@ budget(t)       b^(t)           integer             ranks to prune and to add at
 k               k               integer             ranks pruned plus added per matrix, at most
 """
 
-import copy
 import json
 import math
 import tempfile
@@ -62,22 +61,19 @@ RANK_DIM = {"P": 1, "Lambda": 0, "Q": 0}  # the dimension of each factor that co
 class SVDLinear(nn.Module):
     """A frozen linear layer and its low-rank update, y = W0 x + bias + scaling P (Lambda * (Q x)).
 
-    Ours: P and Q start orthonormal, so R(P, Q) starts at 0. Lambda starts at 0, so the update does.
-    scaling is alpha / rank, or alpha / mean rank for the layers that inject() makes. It stays the
-    same when ranks move. Dropout acts on x before Q.
-
-    Raises ValueError if base_layer is not a linear layer, if rank is not an integer in
-    1..min(d_out, d_in), or if alpha or dropout is out of range.
+    Ours: P and Q start orthonormal, so R(P, Q) = 0. Lambda starts at 0, and so does the update.
+    scaling is alpha / rank; inject() sets it to alpha / mean rank. It stays the same when ranks
+    move. Dropout acts on x before Q. Raises ValueError if base_layer is not a linear layer, if rank
+    is not an integer in 1..min(d_out, d_in), or if alpha or dropout is out of range.
     """
-
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0,
                  generator: torch.Generator | None = None):
         super().__init__()
         _check_layer("base_layer", base_layer, rank, alpha, dropout)
         device = base_layer.weight.device
         d_out, d_in = _sizes(base_layer)
-        nothing = torch.empty(0, dtype=torch.float32, device="cpu")
-        P, Q = new_ranks(nothing.view(d_out, 0), nothing.view(0, d_in), rank, generator)
+        no_P = torch.empty(d_out, 0, dtype=torch.float32, device="cpu")
+        P, Q = new_directions(no_P, no_P.new_empty(0, d_in), rank, generator)
         self.P = nn.Parameter(P.contiguous().to(device))  # (d_out, r)
         self.Lambda = nn.Parameter(self.P.new_zeros(rank))  # (r,)
         self.Q = nn.Parameter(Q.contiguous().to(device))  # (r, d_in)
@@ -102,7 +98,7 @@ class SVDLinear(nn.Module):
 
     @property
     def rank(self) -> int:
-        """The present number of ranks, r. It can grow up to max_rank."""
+        """The present number of ranks, r."""
         return len(self.Lambda)
 
 
@@ -132,7 +128,7 @@ def update_averages(w: Tensor, gradient: Tensor, I_bar: Tensor, U_bar: Tensor, b
     """Eq. 1 and 3: the next I_bar and U_bar of weights w; all have the shape of w.
 
     Algorithm 1 scores after the update: w is the new weight, the gradient is that at the old one.
-    A score is I_bar * U_bar: what still fluctuates is not called unimportant too early (PLATON).
+    A score is I_bar * U_bar: weights whose use is uncertain are not pruned early (PLATON).
     """
     I = (w * gradient).abs()  # eq. 1
     I_bar = beta1 * I_bar + (1 - beta1) * I  # eq. 3
@@ -142,7 +138,7 @@ def update_averages(w: Tensor, gradient: Tensor, I_bar: Tensor, U_bar: Tensor, b
 
 # ---- Section 3.3: dynamic rank learning ----
 class Candidate(NamedTuple):
-    """A rank that may be pruned, or whose matrix may grow. Candidates sort by score first."""
+    """One of the k lowest ranks of a matrix. Sorts by score, then position, then index."""
     score: float
     position: int  # of the matrix in the model
     index: int  # of the rank in the matrix
@@ -162,29 +158,29 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
         3. prune          1 (A), 2 (B)                              b from the front
         4. grow           C and B                                   b from the back, one rank each
 
-    A candidate is either pruned or can win growth, so a matrix loses and gains at most k ranks.
-    Ours: a matrix keeps min_rank ranks; what cannot go can win growth, as C's rank does. A matrix
-    with max_ranks cannot grow. If fewer than b ranks can go or grow, as many go as grow. Equal
-    scores are sorted by matrix, then by index: pruning takes the first, growth the last.
+    Each candidate is pruned, or wins one rank, or neither: a matrix loses and gains at most k ranks
+    in sum. Ours: a matrix keeps min_rank ranks; one that is kept for this may still win a rank. No
+    matrix grows beyond its entry in max_ranks. If b moves are not possible, the largest possible
+    number is made. Of equal scores, pruning takes the first in the model, and growth the last.
     """
     candidates: list[Candidate] = []
     prunable: list[Candidate] = []
     for position, (name, S) in enumerate(scores.items()):
         ascending = sorted(Candidate(S_i, position, i, name) for i, S_i in enumerate(S))
         candidates += ascending[:k]  # step 1
-        prunable += ascending[: min(k, max(0, len(S) - min_rank))]
+        prunable += ascending[: min(k, max(0, len(S) - min_rank))]  # those above min_rank
     candidates.sort()  # step 2
     prunable.sort()
     for n in range(min(b, len(prunable)), 0, -1):
         pruned = prunable[:n]  # step 3
-        rank = Counter({name: len(S) for name, S in scores.items()})
-        rank.subtract(candidate.name for candidate in pruned)
+        ranks = Counter({name: len(S) for name, S in scores.items()})
+        ranks.subtract(candidate.name for candidate in pruned)
         grown: list[str] = []
         for candidate in reversed(candidates):  # step 4
             name = candidate.name
-            if len(grown) < n and candidate not in pruned and rank[name] < max_ranks[name]:
+            if len(grown) < n and candidate not in pruned and ranks[name] < max_ranks[name]:
                 grown.append(name)
-                rank[name] += 1
+                ranks[name] += 1
         if len(grown) == n:
             indices = defaultdict(list)
             for candidate in sorted(pruned, key=lambda candidate: candidate.index):
@@ -193,11 +189,11 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
     return {}, {}
 
 
-def new_ranks(P: Tensor, Q: Tensor, n: int, generator: torch.Generator | None
+def new_directions(P: Tensor, Q: Tensor, n: int, generator: torch.Generator | None
               ) -> tuple[Tensor, Tensor]:
     """n columns to append to P (d_out, r), and n rows to append to Q (r, d_in).
 
-    They are drawn rank by rank on the CPU, so the first of them do not depend on n or a device.
+    They are drawn rank by rank on the CPU: the first ones are the same for any n and any device.
     """
     if n == 0:
         return P[:, :0], Q[:0]
@@ -209,8 +205,8 @@ def new_ranks(P: Tensor, Q: Tensor, n: int, generator: torch.Generator | None
 
 
 def gram_schmidt(present: Tensor, drawn: Tensor) -> Tensor:
-    """Algorithm 1's: makes the drawn columns (d, n) orthonormal, and orthogonal to the present ones
-    (d, r). The present columns need not be orthonormal. r + n <= d."""
+    """Algorithm 1's Gram-Schmidt, by QR: makes the drawn columns (d, n) orthonormal, and orthogonal
+    to the present ones (d, r), whether or not these are orthonormal. r + n <= d."""
     device = "cpu" if present.device.type == "mps" else present.device  # MPS has no float64
     drawn = drawn.to(device, non_blocking=True)
     columns = torch.cat([present.to(device, torch.float64), drawn], dim=1)  # (d, r + n)
@@ -224,15 +220,15 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     """Keeps the given ranks of a layer, in that order, and appends n_new new ones.
 
     Ours: a new rank has a singular value of 0, so the output does not change. Parameters stay the
-    same objects. states is optimizer.state or {}: there, too, a retained rank keeps what it had,
-    and a new one has 0. Adam's step count stays, so the n-th update of a new rank can be as long as
-    (1 - 0.9^n) / (1 - 0.999^n)^0.5 learning rates, at most 6.6 (n = 12). Raises ValueError, before
-    any change, if keep is empty or not distinct ranks, or if there is no room.
+    same objects. In states (optimizer.state, or {}) kept ranks keep their entries, new ranks get 0.
+    Adam's step count stays, so the first updates of a new rank are longer, up to 7.3 learning rates
+    (with the default betas). Raises ValueError, before any change, if keep is empty or not distinct
+    ranks, or if there is no room.
     """
     _check_resize(layer, keep, n_new)
     kept_P = _take(layer.P, keep, RANK_DIM["P"])  # (d_out, kept)
     kept_Q = _take(layer.Q, keep, RANK_DIM["Q"])  # (kept, d_in)
-    new_P, new_Q = new_ranks(kept_P, kept_Q, n_new, generator)
+    new_P, new_Q = new_directions(kept_P, kept_Q, n_new, generator)
     new = {"P": new_P, "Lambda": layer.Lambda.new_zeros(n_new), "Q": new_Q}
     for factor, dim in RANK_DIM.items():
         w = getattr(layer, factor)
@@ -241,7 +237,7 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
             zeros = torch.zeros_like(new[factor], dtype=state[key].dtype)
             state[key] = torch.cat([_take(state[key], keep, dim), zeros], dim)
         w.grad = None  # of the old shape
-        # Not through .data: the next backward would fail while an earlier graph still exists.
+        # set_(), not .data = ...: an earlier graph may still exist, and then .data would break it.
         w.set_(torch.cat([_take(w, keep, dim), new[factor]], dim))
 
 
@@ -256,13 +252,14 @@ SHAPES = {  # progress -> share of b
 
 @dataclass(frozen=True)
 class RankSchedule:
-    """The three phases of section 3.3 and b^(t) of section 3.4, in optimizer steps.
+    """Warm-up, search and stabilization (section 3.3), and b^(t) (section 3.4), in optimizer steps.
 
-    Raises ValueError if a number is out of range, or the phases do not fit into total_steps.
+    The search is the paper's dynamic rank adjustment. Raises ValueError if a number is out of
+    range, or if the phases do not fit into total_steps.
     """
     total_steps: int
-    warmup_steps: int  # ranks stay as they are in these first ...
-    stabilize_steps: int  # ... and in these last steps
+    warmup_steps: int  # the first steps, in which ranks stay as they are
+    stabilize_steps: int  # the last steps, in which ranks stay as they are
     adjust_interval: int  # the first adjustment is at warmup_steps + adjust_interval
     b: int  # b^(t) falls from here to 0; with b = 0 ranks never move
     shape: str = "cubic"
@@ -272,7 +269,7 @@ class RankSchedule:
 
     @property
     def search_end(self) -> int:
-        """The last step of the search. Stabilization follows."""
+        """The last step of the search."""
         return self.total_steps - self.stabilize_steps
 
     def budget(self, step: int) -> int:
@@ -298,12 +295,12 @@ class Adjustment:
 class RankAllocator:
     """Algorithm 1: moves ranks between the matrices of an injected model while it trains.
 
-    Its state is the optimizer's: whatever saves and loads that resumes the search. The betas are
-    those of update_averages(), k and min_rank those of select(); the seed decides new directions.
-    Raises ValueError if a number is out of range, if the optimizer lacks weights of an adapter, or
-    if a factor is shorter than float32.
+    Step, I_bar and U_bar are in the optimizer's state. To resume, load the model (it has the ranks)
+    and then the optimizer. The betas are those of update_averages(), k and min_rank of select().
+    The seed decides new directions. A layer with a frozen factor keeps its ranks. Raises ValueError
+    if a number is out of range, if the optimizer lacks weights of an adapter, or if a factor is
+    coarser than float32.
     """
-
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
                  k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0,
                  min_rank: int = 1):
@@ -320,11 +317,12 @@ class RankAllocator:
     def step(self) -> Adjustment | None:
         """One iteration of Algorithm 1's loop; returns the adjustment, None where b^(t) = 0.
 
-        Call it once per optimizer step, after optimizer.step() and before zero_grad(). Ours: a step
-        with a gradient that is not finite changes no score, but it counts, and ranks may move at
-        it. A layer with a frozen factor keeps its ranks. Raises ValueError, before any rank moves,
-        if the loss reaches no adapter, if all scores are 0, if parameters were replaced, or if the
-        optimizer's state cannot be resized. Warns if the loss misses an adapter.
+        Call it once per optimizer step, after optimizer.step() and before zero_grad(). After an
+        adjustment, wrap the model anew in DistributedDataParallel, or gradients are not averaged.
+        Ours: a step with a gradient that is not finite counts, but changes no score. Raises
+        ValueError, before any rank moves, if the loss reaches no adapter, if all scores are 0, if
+        parameters were replaced, or if the optimizer's state cannot be resized. Warns if the loss
+        misses an adapter.
         """
         _check_step(self)
         t = self.t + 1
@@ -334,7 +332,7 @@ class RankAllocator:
         b = self.schedule.budget(t)
         if b == 0:
             return None
-        scores = _movable_scores(self)  # name -> S_i, in Python numbers
+        scores = _scores_on_host(self)  # name -> S_i; only here a step waits for the device
         max_ranks = {name: self.layers[name].max_rank for name in scores}
         pruned, expanded = select(scores, max_ranks, self.k, b, self.min_rank)
         for name, layer in self.layers.items():
@@ -391,6 +389,7 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
         generator = torch.Generator("cpu").manual_seed(seed ^ zlib.crc32(name.encode()))
         layer = SVDLinear(base_layer, ranks[name], alpha, dropout, generator)
         layer.scaling.fill_(alpha * len(ranks) / sum(ranks.values()))
+        layer.train(base_layer.training)
         layers[base_layer] = layer
     inner.requires_grad_(False)
     for name, module in list(inner.named_modules(remove_duplicate=False)):
@@ -407,14 +406,14 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     Whatever else was trained stays as it is.
     """
-    layers = _adapted(model).values()
+    before = {layer: layer.disabled for layer in _adapted(model).values()}
     try:
-        for layer in layers:
+        for layer in before:
             layer.disabled = True
         yield model
     finally:
-        for layer in layers:
-            layer.disabled = False
+        for layer, disabled in before.items():
+            layer.disabled = disabled
 
 
 @torch.no_grad()
@@ -429,9 +428,10 @@ def merge(model: nn.Module) -> nn.Module:
                  "parametrized or on the meta device; make it a plain one before merging")
     for layer in layers.values():
         base = layer.base_layer
-        unchanged = _turned(base, layer.delta_weight()) == 0  # adding 0 would turn -0.0 into 0.0
-        weight = torch.where(unchanged, base.weight, _updated_weight(layer))
-        base.weight = nn.Parameter(weight, False)  # a new one: others may hold the old one
+        delta = _turned(base, layer.delta_weight())
+        merged = (base.weight + delta).to(base.weight.dtype)
+        merged = torch.where(delta == 0, base.weight, merged)  # -0.0 + 0.0 would be 0.0
+        base.weight = nn.Parameter(merged, False)  # a new one: others may hold the old one
     inner = _unwrapped(model)
     for name, module in list(inner.named_modules(remove_duplicate=False)):
         if isinstance(module, SVDLinear) and name:
@@ -464,7 +464,9 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     wrong = (adapter_state_dict(inner).keys() - state.keys()) | (state.keys() - own.keys())
     _require(not wrong, f"missing in the state, or unknown to the model: {sorted(wrong)[:8]}")
     shapes = {key: own[key].shape for key in state}
-    for name, layer in _adapted(inner).items():
+    for name, layer in inner.named_modules(remove_duplicate=False):
+        if not isinstance(layer, SVDLinear):
+            continue
         rank = state[f"{name}.Lambda".lstrip(".")].numel()
         _check_layer(repr(name), layer.base_layer, rank)
         for factor, shape in _shapes(layer.base_layer, rank).items():
@@ -509,11 +511,10 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
     r = max(layer.rank for layer in layers.values())
     tensors = {}
     for name, layer in layers.items():
-        d_out, d_in = _sizes(layer.base_layer)
-        A = layer.Q.new_zeros(r, d_in)
-        B = layer.P.new_zeros(d_out, r)
-        A[: layer.rank] = layer.Q
-        B[:, : layer.rank] = layer.P * layer.Lambda * (layer.scaling / scaling)
+        missing = r - layer.rank
+        A = nn.functional.pad(layer.Q, (0, 0, 0, missing))  # (r, d_in)
+        B = layer.P * layer.Lambda * (layer.scaling / scaling)  # (d_out, rank)
+        B = nn.functional.pad(B, (0, missing))  # (d_out, r)
         tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
     for name in whole:
         tensors |= modules[name].state_dict(prefix=f"{name}.")
@@ -685,22 +686,23 @@ def _update_states(allocator: RankAllocator) -> None:
                 optimizer.state[w][key] = part.view_as(w)
 
 
-def _movable_scores(allocator: RankAllocator) -> dict[str, list[float]]:
-    """Module name -> S_i, of the layers whose factors are all trained. Only here a step waits."""
+def _scores_on_host(allocator: RankAllocator) -> dict[str, list[float]]:
+    """Module name -> S_i, of the layers whose factors are all trained."""
     _check_states(allocator)
     optimized = _optimized(allocator.optimizer)
     S = {}
     for name, importance in allocator.importance().items():
-        weights = [getattr(allocator.layers[name], factor) for factor in RANK_DIM]
-        if all(w.requires_grad and w in optimized for w in weights):
+        factors = allocator.layers[name].parameters(recurse=False)
+        if all(w.requires_grad and w in optimized for w in factors):
             S[name] = importance
-    device = next((importance.device for importance in S.values()), None)
-    numbers = _flat(importance.to(device) for importance in S.values()).tolist() if S else [1.0]
-    if not 0 < max(numbers) < math.inf:
-        raise ValueError(f"the highest score of all ranks is {max(numbers)}, it must be a positive "
-                         "number; call step() after optimizer.step() and before zero_grad()")
-    remaining = iter(numbers)
-    return {name: [next(remaining) for _ in importance] for name, importance in S.items()}
+    if not S:
+        return {}
+    device = next(iter(S.values())).device
+    numbers = _flat(importance.to(device) for importance in S.values()).cpu()
+    _require(0 < numbers.max() < math.inf, f"the highest score is {numbers.max():g}, it must be a "
+             "positive number; call step() after optimizer.step() and before zero_grad()")
+    parts = numbers.split([len(importance) for importance in S.values()])
+    return {name: part.tolist() for name, part in zip(S, parts)}
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -857,6 +859,9 @@ def _check_allocator(allocator: RankAllocator) -> None:
     _check_integers(allocator, k=1, min_rank=1)
     for beta in (allocator.beta1, allocator.beta2):
         _require(0 < beta < 1, f"beta1 and beta2 must be in (0, 1), got {beta!r}")
+    groups = allocator.optimizer.param_groups
+    _require(not any(group.get("initial_accumulator_value") for group in groups),
+             "initial_accumulator_value must be 0: new ranks start with it")
     optimized = _optimized(allocator.optimizer)
     _check_whole(optimized)
     for name, w in _factors(allocator).items():
@@ -888,9 +893,9 @@ def _check_step(allocator: RankAllocator) -> None:
         # Lambda has a gradient from the loss alone; P and Q have one from the penalty, too.
         Lambdas = {name: w for name, w in factors.items() if w.ndim == 1 and w.requires_grad}
         missed = [name for name, w in Lambdas.items() if w.grad is None]
-        _require(len(missed) < len(Lambdas) or not missed, "the loss reaches no adapter: no Lambda has a gradient"
-                 ". With reentrant checkpointing, pass use_reentrant=False")
         if missed:
+            _require(len(missed) < len(Lambdas), "the loss reaches no adapter: no Lambda has a "
+                     "gradient. With reentrant checkpointing, pass use_reentrant=False")
             warnings.warn(f"the loss reaches {len(Lambdas) - len(missed)} of {len(Lambdas)} "
                           f"adapters, but not {missed[0]!r}: is it called?", stacklevel=3)
 
