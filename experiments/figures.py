@@ -112,7 +112,7 @@ def forest(panels: dict[str, pandas.DataFrame], path: Path) -> None:
 
 def runs_of(study: Path, title: str) -> list[dict]:
     """The runs of one title; line n of the file with all of each run is row n of the CSV."""
-    names = pandas.read_csv(report.csv_of(study))["run"]
+    names = pandas.read_csv(f"{study}.csv")["run"]
     return [r for r, name in zip(report.read_study(study), names, strict=True) if name == title]
 
 

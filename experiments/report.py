@@ -36,7 +36,7 @@ LEGEND = """Mean ± standard deviation over the seeds. Differences are paired by
 five pairs on (Student's t; p corrected by Holm for their number). "Detectable" is the least true
 difference that these tests would find in 80% of all cases."""
 MARK = "<!-- made by experiments/report.py -->"
-DIFFERENCE = "{mean:+.{d}f} ± {std:.{d}f} ({low:+.{d}f} to {high:+.{d}f}, p = {p:.2g})"
+DIFFERENCE = "{mean:+.{d}f} ± {std:.{d}f} (p = {p:.2g})"
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -50,12 +50,17 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 
 
 # ---- Names ----
+def settings_of(arguments: dict) -> dict[str, str]:
+    """What --set replaced, by name in alphabetical order; of one name the last value counts."""
+    settings = dict(setting.split("=", 1) for setting in arguments["set"])
+    return {name: settings[name] for name in sorted(settings)}
+
+
 def label(arguments: dict) -> str:
     """What tells a run from others, but for task and seed, in the names of folders."""
-    settings = dict(setting.split("=", 1) for setting in arguments["set"])
     words = [arguments["method"], f"r{arguments['rank']}", "+".join(arguments["targets"]),
              Path(arguments.get("ranks") or "").stem]
-    words += [f"{name}={settings[name]}" for name in sorted(settings)]
+    words += [f"{name}={value}" for name, value in settings_of(arguments).items()]
     return "-".join(filter(None, words))
 
 
@@ -71,8 +76,8 @@ def words(results: dict) -> list[str]:
     found = [results.get("name", method)]
     found += [f"rank {asked['rank']}"] * (asked["rank"] != 4)
     found += [f"only {' + '.join(asked['targets'])}"] * any(asked["targets"])
-    for setting in asked["set"]:
-        found.append(setting.replace("learning_rate=", "lr ").replace("=", " = "))
+    for name, value in settings_of(asked).items():
+        found.append(f"lr {value}" if name == "learning_rate" else f"{name} = {value}")
     others = ("model", "data_dir", "epochs", "holdout", "dtype", "processes")
     return found + [f"{name} {asked[name]}" for name in others if asked[name] != ASKED[name]]
 
@@ -153,8 +158,9 @@ def describe(results: dict) -> list[str]:
         + "{total_steps} steps, {seconds:.0f} s".format(**results),
         "  {adapter_parameters:,} adapter parameters, {trainable_parameters:,} in all trained"
         .format(**results),
-        f"  {len(sizes)} matrices, total rank {sum(sizes)}, {sizes[0]} to {sizes[-1]} each; "
-        f"{pruned} ranks were pruned, {again} of these had been added before"]
+        f"  {len(sizes)} matrices, total rank {sum(sizes)}, {sizes[0]} to {sizes[-1]} each"]
+    if pruned:
+        lines[-1] += f"; of {pruned} ranks pruned, {again} had been added by earlier adjustments"
     planted, means = mean_ranks(results.get("planted_ranks")), mean_ranks(results["ranks"])
     for kind, mean in means.items():
         known = f"  (planted {planted[kind]:.0f})" if kind in planted else ""
@@ -174,17 +180,20 @@ def describe(results: dict) -> list[str]:
 
 # ---- Studies ----
 def read(folder: Path) -> list[dict]:
-    """All runs in a folder of run folders. ValueError if a file of one is broken."""
+    """All runs in a folder of run folders, but no costs. ValueError if a file is broken."""
     runs = []
     for path in sorted(folder.rglob("results.json")):
         predictions = path.with_name("predictions.json")
         try:
-            runs.append(json.loads(path.read_text()))
-            runs[-1]["folder"] = path.parent.relative_to(folder).as_posix()
+            results = json.loads(path.read_text())
+            if "history" not in results:
+                continue
+            results["folder"] = path.parent.relative_to(folder).as_posix()
             if predictions.exists():
-                runs[-1]["predictions"] = json.loads(predictions.read_text())
+                results["predictions"] = json.loads(predictions.read_text())
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path.parent}: {error}; delete it") from None
+        runs.append(results)
     return runs
 
 
@@ -197,7 +206,7 @@ def read_study(study: Path) -> list[dict]:
 def pack(folder: Path, study: Path) -> None:
     """Adds the runs in a folder to a study's two files. ValueError if the study has another run in
     a folder of this name, or if there is no run."""
-    found = {r["folder"]: r for r in read_study(study)} if csv_of(study).exists() else {}
+    found = {r["folder"]: r for r in read_study(study)} if Path(f"{study}.csv").exists() else {}
     for r in read(folder):
         if found.setdefault(r["folder"], r) != r:
             raise ValueError(f"{study} has another run in a folder of the name {r['folder']}")
@@ -208,21 +217,19 @@ def pack(folder: Path, study: Path) -> None:
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in runs)
     packed = gzip.compress(lines.encode(), mtime=0)  # the same runs make the same file
     write(Path(f"{study}.jsonl.gz"), lambda path: path.write_bytes(packed))
-    write(csv_of(study), lambda path: rows.to_csv(path, index=False))
-
-
-def csv_of(study: Path) -> Path:
-    return Path(f"{study}.csv")
+    write(Path(f"{study}.csv"), lambda path: rows.to_csv(path, index=False))
 
 
 def frame(runs: list[dict]) -> pandas.DataFrame:
     """What STUDY.csv has. ValueError if two runs have the same task, title and seed."""
-    rows = pandas.DataFrame([row(r) for r in runs])
+    metrics = dict.fromkeys(name for r in runs for name in r["metrics"])
+    rows = pandas.DataFrame([row(r, metrics) for r in runs])
     for _, of_task in rows.groupby("task"):
         rows.loc[of_task.index, "run"] = titles([runs[i] for i in of_task.index])
-    twice = rows[rows.duplicated(["task", "run", "seed"])]
-    if len(twice):
-        raise ValueError(f"two runs are {', '.join(map(str, twice[['task', 'run', 'seed']].iloc[0]))}")
+    keys = rows[["task", "run", "seed"]]
+    if keys.duplicated().any():
+        twice = ", ".join(map(str, keys[keys.duplicated()].iloc[0]))
+        raise ValueError(f"two runs are {twice}; add a \"name\" to one's results.json")
     for _, alike in rows.groupby(["task", "run"]):  # with the ranks of the other seeds
         maps = pandas.DataFrame({i: runs[i]["ranks"] for i in alike.index})
         pairs = maps.corr("spearman").mask(np.eye(len(alike), dtype=bool))
@@ -230,17 +237,18 @@ def frame(runs: list[dict]) -> pandas.DataFrame:
     return rows
 
 
-def row(r: dict) -> dict:
+def row(r: dict, metrics: dict) -> dict:
     """One run's row, but for what others decide: its title and the correlation of its ranks."""
     asked = {name: r["arguments"].get(name, default) for name, default in ASKED.items()}
-    asked |= {name: " ".join(asked[name]) for name in ("targets", "set")}
+    asked |= {name: " ".join(sorted(asked[name])) for name in ("targets", "set")}
     pruned, again = count_pruned(r) if r["adjustments"] else (math.nan, math.nan)
-    last_scores = [*r["scores"].values()][-1:] or [[]]
-    return dict(run="") | asked | r["metrics"] | dict(
+    last_scores = [[], *r["scores"].values()][-1]
+    found = dict(run="") | asked | metrics | r["metrics"]
+    found |= dict(
         train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
         seconds=r["seconds"], commit=r.get("commit"), pruned=pruned, pruned_again=again,
-        score_median=log_scores(last_scores[0]).median(), rank_correlation=math.nan
-    ) | {f"rank of {kind}": mean for kind, mean in mean_ranks(r["ranks"]).items()}
+        score_median=log_scores(last_scores).median(), rank_correlation=math.nan)
+    return found | {f"rank of {kind}": mean for kind, mean in mean_ranks(r["ranks"]).items()}
 
 
 # ---- Differences ----
@@ -291,11 +299,10 @@ def families_of(study: Path, rows: pandas.DataFrame) -> dict[str, list[list[str]
                 for x in named if found[x]}
     asked = rows.reindex(columns=["rank", "targets", "set"])
     asked = pandas.Series(map(str, asked.to_numpy().tolist()), rows.index)
-    alike = asked.map(asked.value_counts())[rows["method"] == "elalora"]
-    if alike.empty:
-        return {}
-    reference = rows["run"][alike.idxmax()]
-    return {"": [[reference, other] for other in present if other != reference]}
+    alike = asked.map(asked.value_counts()).groupby(rows["run"]).first()
+    ours = rows["run"][rows["method"] == "elalora"]
+    reference = min(ours, key=lambda title: (-alike[title], len(title)), default=None)
+    return {"": [[reference, other] for other in present if reference not in (None, other)]}
 
 
 # ---- Tables ----
@@ -386,9 +393,9 @@ def fill(text: str, folder: Path = RESULTS) -> str:
 
 
 def number(folder: Path, study: str, run: str, metric: str, shape: str = "") -> str:
-    """A run's mean ± standard deviation, or a difference with its interval and corrected p."""
+    """A run's mean ± standard deviation, or a difference's with its corrected p."""
     study, _, task = study.partition(" ")
-    rows = pandas.read_csv(folder / f"{study}.csv", float_precision="round_trip")
+    rows = pandas.read_csv(folder / f"{study}.csv")
     rows = rows[rows["task"] == (task or rows["task"][0])]
     if " − " not in run:
         values = rows.groupby("run")[metric].get_group(run)
