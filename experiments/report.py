@@ -32,9 +32,9 @@ ASKED = dict(  # the defaults of what older runs do not name
     task=None, method=None, rank=None, seed=None, targets=[""], set=[], ranks=None, model=None,
     data_dir=None, epochs=None, holdout=False, dtype=None, processes=1)
 RESULTS = Path(__file__).parent.parent / "results"
-LEGEND = """Mean ± standard deviation over the seeds. Differences are paired by seed, and tested from
-five pairs on (Student's t; p corrected by Holm for their number). "Detectable" is the least true
-difference that these tests would find in 80% of all cases."""
+LEGEND = """Mean ± standard deviation over the seeds. Differences are paired by seed and tested from
+five pairs on (Student's t, Holm's correction). Four in five tests find a difference as large as
+"detectable"."""
 MARK = "<!-- made by experiments/report.py -->"
 DIFFERENCE = "{mean:+.{d}f} ± {std:.{d}f} (p = {p:.2g})"
 
@@ -50,17 +50,10 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 
 
 # ---- Names ----
-def settings_of(arguments: dict) -> dict[str, str]:
-    """What --set replaced, by name in alphabetical order; of one name the last value counts."""
-    settings = dict(setting.split("=", 1) for setting in arguments["set"])
-    return {name: settings[name] for name in sorted(settings)}
-
-
 def label(arguments: dict) -> str:
     """What tells a run from others, but for task and seed, in the names of folders."""
     words = [arguments["method"], f"r{arguments['rank']}", "+".join(arguments["targets"]),
-             Path(arguments.get("ranks") or "").stem]
-    words += [f"{name}={value}" for name, value in settings_of(arguments).items()]
+             Path(arguments.get("ranks") or "").stem, *sorted(arguments["set"])]
     return "-".join(filter(None, words))
 
 
@@ -76,8 +69,8 @@ def words(results: dict) -> list[str]:
     found = [results.get("name", method)]
     found += [f"rank {asked['rank']}"] * (asked["rank"] != 4)
     found += [f"only {' + '.join(asked['targets'])}"] * any(asked["targets"])
-    for name, value in settings_of(asked).items():
-        found.append(f"lr {value}" if name == "learning_rate" else f"{name} = {value}")
+    for setting in sorted(asked["set"]):
+        found.append(setting.replace("learning_rate=", "lr ").replace("=", " = "))
     others = ("model", "data_dir", "epochs", "holdout", "dtype", "processes")
     return found + [f"{name} {asked[name]}" for name in others if asked[name] != ASKED[name]]
 
@@ -366,16 +359,15 @@ def compare(folder: Path, arguments: dict) -> str:
     """Writes the page of a task's runs, TASK.md, and README.md, which lists the pages. Returns the
     tables, but nothing for a single run."""
     task = arguments["task"]
-    page, runs = page_of(folder, task), [r for r in read(folder) if r["arguments"]["task"] == task]
+    page = page_of(folder, task)
+    runs = [r for r in read(folder) if r["arguments"]["task"] == task]
     text = tables(folder / task, frame(runs))
     commands = "\n".join(sorted({r["command"] for r in runs}))
-    hardware = "; ".join(sorted({"torch {torch}, {hardware}".format(**r["versions"])
-                                 for r in runs}))
-    write(page, lambda path: path.write_text(
-        f"{MARK}\n# {task}\n\n```sh\n{commands}\n```\n\n{hardware}\n\n{LEGEND}\n\n{text}\n"))
-    pages = [x.name for x in sorted(folder.glob("*.md")) if x.name != "README.md"]
-    write(folder / "README.md", lambda path: path.write_text(
-        "\n".join([f"{MARK}\n# Runs\n", *(f"- [{name}]({name})" for name in pages), ""])))
+    whole = f"{MARK}\n# {task}\n\n```sh\n{commands}\n```\n\n{LEGEND}\n\n{text}\n"
+    write(page, lambda path: path.write_text(whole))
+    pages = sorted({*folder.glob("*.md")} - {folder / "README.md"})
+    index = "".join(f"- [{path.name}]({path.name})\n" for path in pages)
+    write(folder / "README.md", lambda path: path.write_text(f"{MARK}\n# Runs\n\n{index}"))
     return text if len(runs) > 1 else ""
 
 
@@ -383,13 +375,13 @@ def compare(folder: Path, arguments: dict) -> str:
 def fill(text: str, folder: Path = RESULTS) -> str:
     """The text with what the studies in a folder say between its marks. ValueError if they do not
     say it."""
-    def value(mark: re.Match) -> str:
-        study, run, metric, *shape = [x.strip() for x in mark[1].split(";")]
+    def filled(mark: re.Match) -> str:
+        fields = [x.strip() for x in mark[2].split(";")]
         try:
-            return f"<!--{mark[1]}-->{number(folder, study, run, metric, *shape)}<!-- end -->"
+            return mark[1] + number(folder, *fields) + "<!-- end -->"
         except (KeyError, FileNotFoundError) as error:
-            raise ValueError(f"{mark[0]}: {error} not found") from None
-    return re.sub(r"<!--([^;>]+(?:;[^;>]+){2,3})-->.*?<!-- end -->", value, text)
+            raise ValueError(f"{mark[1]}: {error} not found") from None
+    return re.sub(r"(<!--([^;>]+(?:;[^;>]+){2,3})-->).*?<!-- end -->", filled, text)
 
 
 def number(folder: Path, study: str, run: str, metric: str, shape: str = "") -> str:

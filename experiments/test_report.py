@@ -211,9 +211,9 @@ def arguments(method, rank=4, seed=0, targets=("",), set=(), **others):
 
 
 def test_the_order_of_settings_changes_no_name():
-    """Of one setting that is given twice, the last counts."""
+    """Neither the label, which folders have, nor the words, which titles have."""
     for asked in itertools.permutations(["learning_rate=2e-3", "b=1", "k=3"]):
-        run = arguments("lora", 2, 5, ["q", "k"], ["k=2", *asked])
+        run = arguments("lora", 2, 5, ["q", "k"], asked)
         assert report.label(run) == "lora-r2-q+k-b=1-k=3-learning_rate=2e-3"
         assert report.words(dict(arguments=run)) == [
             "LoRA", "rank 2", "only q + k", "b = 1", "k = 3", "lr 2e-3"]
