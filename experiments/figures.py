@@ -17,7 +17,7 @@ from experiments import report
 WIDTH = 9.0  # inches; GitHub shows some 900 pixels, so text of 10 points stays legible
 COLORS = dict(zip(("ElaLoRA", "LoRA", "AdaLoRA", "even ranks"),  # the colour-blind can tell them
                   seaborn.color_palette("colorblind")))
-BETTER = "← first is better" + " " * 60 + "second is better →"
+BETTER = "← first is better          loss: first − second          second is better →"
 
 
 def new(columns: int = 1, rows: int = 1, height: float = 4.0,
@@ -103,8 +103,7 @@ def forest(panels: dict[str, pandas.DataFrame], path: Path) -> None:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(table)), table.index[::-1].str.replace(" − ", " against "),
                         fontsize=9)
-        axis.set_title(f"{name}: loss of the first minus loss of the second", loc="left",
-                       fontsize=10)
+        axis.set_title(name, loc="left", fontsize=10)
         axis.set_xlabel(BETTER, fontsize=9)
         limit = max(map(abs, axis.get_xlim()))
         axis.set_xlim(-limit, limit)

@@ -30,46 +30,31 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError):
         report.write(path, fails)
     assert path.read_text() == "old"
+    (tmp_path / "link").hardlink_to(path)
     report.write(path, lambda temporary: temporary.write_text("new"))
-    assert path.read_text() == "new"
+    assert path.read_text() == "new" and (tmp_path / "link").read_text() == "old"
 
 
 # ---- Ranks ----
-def cells(ranks):
-    """Row -> column -> value of the grid, without what is missing."""
-    table = report.grid(ranks).T.to_dict()
-    return {row: {k: v for k, v in line.items() if v == v} for row, line in table.items()}
-
-
-def test_a_grid_has_a_row_for_a_kind_and_a_column_for_a_layer():
-    """In the order of the model, and without the name of the stack where there is only one."""
-    kinds = ("attention.q", "out", "attention.output.out")
-    layers = [f"bert.layer.{i}." for i in range(11)]
-    ranks = {f"{x}{y}": 10 * i + j for i, x in enumerate(layers) for j, y in enumerate(kinds)}
-    grid = report.grid(ranks)
-    assert [*grid.index] == [*kinds] and [*grid.columns] == [*map(str, range(11))]
-    assert (grid.to_numpy() == [[10 * i + j for i in range(11)] for j in range(3)]).all()
-    assert report.mean_ranks(ranks) == {kind: 50 + j for j, kind in enumerate(kinds)}
-
-
-def test_a_grid_keeps_stacks_of_layers_apart():
-    """An encoder's and a decoder's matrices of one name and number have a row each."""
-    stacks = ("encoder", "decoder")
-    names = [f"model.{stack}.layers.{i}.fc1" for stack in stacks for i in range(2)]
-    names += [f"model.decoder.layers.{i}.cross.q" for i in range(2)]
-    assert cells(dict(zip(names, range(6)))) == {
-        "encoder.fc1": {"0": 0, "1": 1},
-        "decoder.fc1": {"0": 2, "1": 3},
-        "decoder.cross.q": {"0": 4, "1": 5},
-    }
-
-
-def test_a_matrix_without_a_layer_has_a_row_of_its_own():
-    """Beside numbered ones; a number at the end of a name is no layer."""
-    ranks = {"embed.proj": 1, "encoder.layers.0.fc": 2, "encoder.layers.1.fc": 3, "mlp.2": 4}
-    found = {row: [*line.values()] for row, line in cells(ranks).items()}
-    assert sorted(found.values()) == [[1], [2, 3], [4]]
-    assert [*cells({"mlp.0": 1, "mlp.2": 2})] == ["mlp.0", "mlp.2"]
+@pytest.mark.parametrize("cells", [
+    {"q": {"0": "bert.layer.0.q", "1": "bert.layer.1.q", "10": "bert.layer.10.q"},
+     "attention.out": {"0": "bert.layer.0.attention.out", "10": "bert.layer.10.attention.out"}},
+    {"encoder.fc1": {"0": "model.encoder.layers.0.fc1", "1": "model.encoder.layers.1.fc1"},
+     "decoder.fc1": {"0": "model.decoder.layers.0.fc1"},
+     "decoder.cross.q": {"0": "model.decoder.layers.0.cross.q"}},
+    {"embed.proj": {"": "embed.proj"}, "encoder.layers.fc": {"3": "encoder.layers.3.fc"}},
+    {"mlp.0": {"": "mlp.0"}, "mlp.2": {"": "mlp.2"}, "x": {"0": "0.x"}},
+])  # fmt: skip
+def test_a_grid_has_a_row_for_a_kind_and_a_column_for_a_layer(cells):
+    """Several stacks of layers are told apart; a number at the end of a name is no layer."""
+    names = [name for row in cells.values() for name in row.values()]
+    grid = report.grid({name: i for i, name in enumerate(names)})
+    found = {kind: {layer: names[int(i)] for layer, i in row.items() if i == i}
+             for kind, row in grid.T.to_dict().items()}
+    assert found == cells and [*grid.index] == [*cells]
+    assert [*grid.columns] == [*dict.fromkeys(layer for row in cells.values() for layer in row)]
+    kinds = {kind: np.mean([names.index(x) for x in row.values()]) for kind, row in cells.items()}
+    assert report.mean_ranks({name: i for i, name in enumerate(names)}) == kinds
 
 
 def test_two_matrices_in_one_cell_are_an_error():
@@ -261,8 +246,10 @@ def write_run(folder, arguments, random, **metrics):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Title and seed -> results, of runs in tmp_path / "runs"."""
+    """Title and seed -> results, of runs in tmp_path / "runs", where costs were measured, too."""
     random, found = np.random.default_rng(0), {}
+    (tmp_path / "runs/benchmark").mkdir(parents=True)
+    (tmp_path / "runs/benchmark/results.json").write_text('{"costs": {}}')
     for title, seeds, method in (("AdaLoRA", 3, "adalora"), ("ElaLoRA", 6, "elalora"),
                                  ("LoRA", 6, "lora")):
         for seed in range(seeds):
@@ -360,6 +347,7 @@ def test_a_study_has_all_of_each_run_bit_for_bit(runs, tmp_path, capsys):
         assert json.dumps(predictions) == (folder / "predictions.json").read_text()
     assert len(packed) == len(runs)
     files = [Path(f"{study}{end}").read_bytes() for end in (".csv", ".jsonl.gz")]
+    assert files[1][4:8] == bytes(4)  # no time of packing
     report.main(["pack", str(tmp_path / "runs"), str(study)])
     assert files == [Path(f"{study}{end}").read_bytes() for end in (".csv", ".jsonl.gz")]
     csv = pandas.read_csv(f"{study}.csv")
