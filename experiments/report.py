@@ -144,7 +144,7 @@ def ranks_over_time(results: dict) -> pandas.DataFrame:
 
 def describe(results: dict) -> list[str]:
     """The lines printed of a run."""
-    sizes, metrics = sorted(results["ranks"].values()), results["metrics"]
+    sizes = sorted(results["ranks"].values())
     pruned, again = count_pruned(results)
     lines = [
         "{task}, {method}, rank {rank}, seed {seed}: ".format(**results["arguments"])
@@ -160,14 +160,11 @@ def describe(results: dict) -> list[str]:
         lines.append(f"  {kind:<{max(map(len, means))}} mean rank {mean:5.2f}{known}")
     compared = {results.get("floor_name"): results.get("floor", {}),
                 "the paper's ElaLoRA": results.get("paper", {})}
-    for metric, value in metrics.items():
+    for metric, value in results["metrics"].items():
         others = [f"{name} {x[metric]:.4f}" for name, x in compared.items() if metric in x]
         lines.append(f"  {metric:<15} {value:.4f}" + f"  ({', '.join(others)})" * bool(others))
-    lines += [f"  {results['note']}"] * bool(results.get("note"))
-    if "gap_closed" in metrics:
-        lines.append("  {} closed {:.0%} of the gap between the residual of the best even ranks, "
-                     "{even_rank_bound:.4f}, and that of the best ranks, {best_possible:.4f}."
-                     .format(words(results)[0], round(metrics["gap_closed"], 2) + 0.0, **metrics))
+    if results.get("note"):
+        lines.append(f"  {results['note']}")
     return lines
 
 
@@ -402,8 +399,9 @@ def number(folder: Path, study: str, run: str, metric: str, shape: str = "") -> 
 # ---- The command ----
 def main(argv: list[str]) -> None:
     if argv[:1] == ["pack"] and len(argv) == 3:
-        pack(Path(argv[1]), Path(argv[2]))
-        argv = [f"{argv[2]}.csv"]
+        study = argv[2].removesuffix(".csv")
+        pack(Path(argv[1]), Path(study))
+        argv = [f"{study}.csv"]
     if argv[:1] == ["fill"]:
         for path in map(Path, argv[1:]):
             filled = fill(path.read_text())
@@ -416,4 +414,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"experiments.report: error: {error}")
