@@ -138,7 +138,7 @@ def main(results: Path = report.RESULTS) -> None:
     for study in ("sst2-short", "stsb-short"):
         rows = pandas.read_csv(results / f"{study}.csv")
         for family, pairs in report.families_of(results / study, rows).items():
-            panels[family.strip("; ")] = report.differences(rows, "loss", pairs)
+            panels[family] = report.differences(rows, "loss", pairs)
     draw("forest.png", forest, panels)
 
 

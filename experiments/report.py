@@ -212,7 +212,7 @@ def pack(folder: Path, study: Path) -> None:
 
 def frame(runs: list[dict]) -> pandas.DataFrame:
     """What STUDY.csv has. ValueError if two runs have the same task, title and seed."""
-    metrics = dict.fromkeys(name for r in runs for name in r["metrics"])
+    metrics = {name: math.nan for r in runs for name in r["metrics"]}
     rows = pandas.DataFrame([row(r, metrics) for r in runs])
     for _, of_task in rows.groupby("task"):
         rows.loc[of_task.index, "run"] = titles([runs[i] for i in of_task.index])
@@ -266,11 +266,12 @@ def differences(rows: pandas.DataFrame, metric: str, pairs: list[list[str]]) -> 
         values = (by_seed[first] - by_seed[second]).dropna()
         if len(values) < 2:
             continue
-        x = found[f"{first} − {second}"] = dict(mean=values.mean(), std=values.std(), n=len(values))
+        x = dict(mean=values.mean(), std=values.std(), n=len(values))
         if len(values) >= 5 and values.std() > 0:
             test = scipy.stats.ttest_1samp(values, 0)
             x["low"], x["high"] = test.confidence_interval(0.95)
             x["p"] = test.pvalue
+        found[f"{first} − {second}"] = x
     table = pandas.DataFrame(found).T.reindex(columns=["mean", "std", "n", "low", "high", "p"])
     tests = int(table["p"].count())
     least = [detectable(x["std"], int(x["n"]), tests) if x["p"] == x["p"] else math.nan
@@ -285,14 +286,16 @@ def families_of(study: Path, rows: pandas.DataFrame) -> dict[str, list[list[str]
     named = json.loads(path.read_text()).get(study.name, {}) if path.exists() else {}
     if named:
         found = {x: [pair for pair in named[x] if {*pair} <= {*present}] for x in named}
-        return {f"; {x}, {len(found[x])} of {len(named[x])} named beforehand": found[x]
+        return {f"{x}, {len(found[x])} of {len(named[x])} named beforehand": found[x]
                 for x in named if found[x]}
     asked = rows.reindex(columns=["rank", "targets", "set"])
     asked = pandas.Series(map(str, asked.to_numpy().tolist()), rows.index)
     alike = asked.map(asked.value_counts()).groupby(rows["run"]).first()
     ours = rows["run"][rows["method"] == "elalora"]
-    reference = min(ours, key=lambda title: (-alike[title], len(title)), default=None)
-    return {"": [[reference, other] for other in present if reference not in (None, other)]}
+    if ours.empty:
+        return {}
+    reference = min(ours, key=lambda title: (-alike[title], len(title)))
+    return {"ElaLoRA and others": [[reference, x] for x in present if x != reference]}
 
 
 # ---- Tables ----
@@ -337,7 +340,7 @@ def tables(study: Path, rows: pandas.DataFrame) -> str:
             for metric in dict.fromkeys(["loss", reached[0], "train_loss"]):
                 if metric in present:
                     table = differences(of_task, metric, pairs)
-                    found[f"{task}: {metric}, first minus second{family}"] = pandas.DataFrame(
+                    found[f"{task}: {metric}, first minus second; {family}"] = pandas.DataFrame(
                         {name: in_words(x) for name, x in table.iterrows()}).T.fillna("")
     return "\n\n".join(f"## {heading}\n\n{table.to_markdown(disable_numparse=True)}"
                        for heading, table in found.items() if table.size)

@@ -300,8 +300,8 @@ def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
     medians = [np.log10(np.median(np.maximum(r["scores"]["9"], 1e-20))) for r in ours]
     assert close(ranks["ElaLoRA"]["score_median"], *mean_std(medians))
     assert [ranks[title]["pruned"] for title in ranks] == ["", "1", ""]
-    assert [*tables][2:] == ["mrpc: accuracy, first minus second",
-                             "mrpc: train_loss, first minus second"]
+    assert [*tables][2:] == ["mrpc: accuracy, first minus second; ElaLoRA and others",
+                             "mrpc: train_loss, first minus second; ElaLoRA and others"]
     difference = accuracy["ElaLoRA"] - accuracy["LoRA"]
     row = differences[0]["ElaLoRA − LoRA"]
     assert close(row["difference"], *mean_std(difference)) and row["pairs"] == "6"
