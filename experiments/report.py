@@ -10,7 +10,7 @@ beside them names the differences to test: study -> family -> pairs of runs. Wit
 compared with every other run. `fill` writes results into texts, between <!-- STUDY; RUN; METRIC -->
 and <!-- end -->. RUN may be a difference, "ElaLoRA − LoRA". STUDY may be followed by a task. A
 fourth field says what is written, as {mean:.0%}; there are mean, std, n, and of differences low,
-high, p.
+high, p, detectable.
 """
 
 import gzip

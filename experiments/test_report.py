@@ -428,6 +428,30 @@ def test_the_forest_draws_every_difference_with_its_interval(tmp_path, monkeypat
         assert re.fullmatch("← first is better .* second is better →", axis.get_xlabel())
 
 
+def test_ranks_over_time_end_beside_what_was_planted(tmp_path, monkeypatch):
+    """The triangles are in one column, each at its planted rank, in the colour of its curve."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    steps = [pandas.DataFrame({0.0: [4, 1 + i], 12.0: [4, 11 - i]}, [0, 50]) for i in range(3)]
+    figures.over_time(steps, {0.0: "out", 12.0: "in"}, tmp_path / "x.png")
+    low, below, high, above = drawn[0].axes[0].lines
+    assert low.get_ydata().tolist() == [4, 2] and high.get_ydata().tolist() == [4, 10]
+    assert [*below.get_ydata(), *above.get_ydata()] == [0, 12]
+    assert below.get_xdata() == above.get_xdata() > 50
+    assert (below.get_color() == low.get_color()).all()
+
+
+def test_a_method_has_one_colour(tmp_path, monkeypatch):
+    """Its second curve is dashed."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    names = ["ElaLoRA, early", "LoRA", "ElaLoRA, late", "step 3", "step 5"]
+    figures.distributions({name: pandas.Series([-3.0, -2.0]) for name in names}, tmp_path / "x")
+    lines = [(line.get_color(), line.get_linestyle()) for line in drawn[0].axes[0].lines]
+    ours, lora = figures.COLORS["ElaLoRA"], figures.COLORS["LoRA"]
+    assert lines == [(ours, "-"), (lora, "-"), (ours, "--"), ("black", "-"), ("black", "--")]
+
+
 # ---- results/ ----
 STUDIES = [path.with_suffix("") for path in sorted(report.RESULTS.glob("*.csv"))]
 
