@@ -3,6 +3,7 @@
     python -m experiments.figures   # makes those of results/ again, in results/figures/
 """
 
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -16,10 +17,11 @@ from experiments import report
 WIDTH = 9.0  # inches; GitHub shows some 900 pixels, so text of 10 points stays legible
 COLORS = dict(zip(("ElaLoRA", "LoRA", "AdaLoRA", "even ranks"),  # the colour-blind can tell them
                   seaborn.color_palette("colorblind")))
-BETTER = "← first is better          loss of the first − loss of the second          second is better →"
+BETTER = "← first is better          loss: first − second          second is better →"
 
 
-def new(columns: int = 1, height: float = 3.6, rows: int = 1, **kwargs) -> tuple[Figure, list[Axes]]:
+def new(columns: int = 1, rows: int = 1, height: float = 4.0,
+        **kwargs) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     for axis in axes.flat:
@@ -39,7 +41,7 @@ def color_of(title: str) -> object:
 def heatmaps(maps: dict[str, pandas.DataFrame], path: Path) -> None:
     """Ranks by matrix and layer, as Figures 2 and 8, side by side on one scale."""
     cells = next(iter(maps.values()))
-    figure, axes = new(len(maps), 0.9 + 0.36 * len(cells), sharey=True)
+    figure, axes = new(len(maps), height=0.9 + 0.36 * len(cells), sharey=True)
     highest = max(int(cells.max(axis=None)) for cells in maps.values())
     for axis, (name, cells) in zip(axes, maps.items()):
         seaborn.heatmap(cells, annot=True, fmt=".0f", cmap="Blues", vmin=0, vmax=highest,
@@ -51,11 +53,12 @@ def heatmaps(maps: dict[str, pandas.DataFrame], path: Path) -> None:
 def distributions(scores: dict[str, pandas.Series], path: Path) -> None:
     """How log10 of the importance scores is distributed (Figure 5), cumulatively. The second curve
     of a colour is dashed."""
-    figure, (axis,) = new(height=4)
-    used = []
+    figure, (axis,) = new()
+    dashes = {}
     for name, S in scores.items():
-        used.append(color_of(name))
-        axis.ecdf(S, label=name, color=used[-1], linestyle="- -- : -.".split()[used.count(used[-1]) - 1])
+        color = color_of(name)
+        dash = next(dashes.setdefault(color, itertools.cycle(("-", "--", ":"))))
+        axis.ecdf(S, label=name, color=color, linestyle=dash)
     axis.set(xlabel="log10 of the importance score (a score of 0 is drawn at -20)",
              ylabel="share of the ranks")
     figure.legend(loc="outside lower center", ncols=len(scores))
@@ -65,21 +68,18 @@ def distributions(scores: dict[str, pandas.Series], path: Path) -> None:
 def over_time(runs: list[pandas.DataFrame], words: dict[float, str], path: Path) -> None:
     """Mean ranks (columns: what was planted) by step, mean and range over all runs. A triangle
     marks what was planted; words has the matrices' names."""
-    figure, (axis,) = new(height=4)
+    figure, (axis,) = new()
     steps = pandas.concat(runs).groupby(level=0)
     mean, end = steps.mean(), max(x.index.max() for x in runs)
     for planted, color in zip(mean, matplotlib.colormaps["viridis"]([0.0, 0.35, 0.6, 0.85])):
         axis.plot(mean[planted], drawstyle="steps-post", color=color)
         axis.fill_between(mean.index, steps.min()[planted], steps.max()[planted], step="post",
                           alpha=0.2, color=color, linewidth=0)
-        axis.plot(end * 1.03, planted, marker="<", markersize=9, color=color)
+        axis.plot(end * 1.03, planted, marker="<", markersize=9, color=color, clip_on=False)
         axis.text(end * 1.06, planted, words[planted], va="center", color=color)
     axis.text(end * 1.03, max(mean) + 0.8, "planted", ha="center")
     axis.set(xlabel="optimizer step", ylabel="mean rank of the matrices", xlim=(0, end * 1.05),
              ylim=(-0.5, None))
-    axis.set_clip_on(False)
-    for artist in axis.lines:
-        artist.set_clip_on(False)
     save(figure, path)
 
 
@@ -91,7 +91,7 @@ def forest(panels: dict[str, pandas.DataFrame], path: Path) -> None:
     probably have gone unseen.
     """
     sizes = [len(table) + 1.5 for table in panels.values()]
-    figure, axes = new(height=0.33 * sum(sizes), rows=len(panels), height_ratios=sizes)
+    figure, axes = new(1, len(panels), 0.33 * sum(sizes), height_ratios=sizes)
     for axis, (name, table) in zip(axes, panels.items()):
         for y, (runs, x) in enumerate(table[::-1].iterrows()):
             axis.fill_betweenx([y - 0.36, y + 0.36], -x["detectable"], x["detectable"],
@@ -112,7 +112,7 @@ def forest(panels: dict[str, pandas.DataFrame], path: Path) -> None:
 
 def runs_of(study: Path, title: str) -> list[dict]:
     """The runs of one title; line n of the file with all of each run is row n of the CSV."""
-    names = pandas.read_csv(report.csv_of(study))["run"]
+    names = pandas.read_csv(f"{study}.csv")["run"]
     return [r for r, name in zip(report.read_study(study), names, strict=True) if name == title]
 
 
@@ -138,7 +138,7 @@ def main(results: Path = report.RESULTS) -> None:
     for study in ("sst2-short", "stsb-short"):
         rows = pandas.read_csv(results / f"{study}.csv")
         for family, pairs in report.families_of(results / study, rows).items():
-            panels[family.strip("; ")] = report.differences(rows, "loss", pairs)
+            panels[family] = report.differences(rows, "loss", pairs)
     draw("forest.png", forest, panels)
 
 

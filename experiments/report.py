@@ -10,7 +10,7 @@ beside them names the differences to test: study -> family -> pairs of runs. Wit
 compared with every other run. `fill` writes results into texts, between <!-- STUDY; RUN; METRIC -->
 and <!-- end -->. RUN may be a difference, "ElaLoRA − LoRA". STUDY may be followed by a task. A
 fourth field says what is written, as {mean:.0%}; there are mean, std, n, and of differences low,
-high, p.
+high, p, detectable.
 """
 
 import gzip
@@ -32,11 +32,11 @@ ASKED = dict(  # the defaults of what older runs do not name
     task=None, method=None, rank=None, seed=None, targets=[""], set=[], ranks=None, model=None,
     data_dir=None, epochs=None, holdout=False, dtype=None, processes=1)
 RESULTS = Path(__file__).parent.parent / "results"
-LEGEND = """Mean ± standard deviation over the seeds. Differences are paired by seed, and tested from
-five pairs on (Student's t; p corrected by Holm for their number). "Detectable" is the least true
-difference that these tests would find in 80% of all cases."""
+LEGEND = """Mean ± standard deviation over the seeds. Differences are paired by seed and tested from
+five pairs on (Student's t, Holm's correction). Four in five tests find a difference as large as
+"detectable"."""
 MARK = "<!-- made by experiments/report.py -->"
-DIFFERENCE = "{mean:+.{d}f} ± {std:.{d}f} ({low:+.{d}f} to {high:+.{d}f}, p = {p:.2g})"
+DIFFERENCE = "{mean:+.{d}f} ± {std:.{d}f} (p = {p:.2g})"
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -52,10 +52,8 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 # ---- Names ----
 def label(arguments: dict) -> str:
     """What tells a run from others, but for task and seed, in the names of folders."""
-    settings = dict(setting.split("=", 1) for setting in arguments["set"])
     words = [arguments["method"], f"r{arguments['rank']}", "+".join(arguments["targets"]),
-             Path(arguments.get("ranks") or "").stem]
-    words += [f"{name}={settings[name]}" for name in sorted(settings)]
+             Path(arguments.get("ranks") or "").stem, *sorted(arguments["set"])]
     return "-".join(filter(None, words))
 
 
@@ -71,7 +69,7 @@ def words(results: dict) -> list[str]:
     found = [results.get("name", method)]
     found += [f"rank {asked['rank']}"] * (asked["rank"] != 4)
     found += [f"only {' + '.join(asked['targets'])}"] * any(asked["targets"])
-    for setting in asked["set"]:
+    for setting in sorted(asked["set"]):
         found.append(setting.replace("learning_rate=", "lr ").replace("=", " = "))
     others = ("model", "data_dir", "epochs", "holdout", "dtype", "processes")
     return found + [f"{name} {asked[name]}" for name in others if asked[name] != ASKED[name]]
@@ -146,45 +144,46 @@ def ranks_over_time(results: dict) -> pandas.DataFrame:
 
 def describe(results: dict) -> list[str]:
     """The lines printed of a run."""
-    sizes, metrics = sorted(results["ranks"].values()), results["metrics"]
+    sizes = sorted(results["ranks"].values())
     pruned, again = count_pruned(results)
     lines = [
         "{task}, {method}, rank {rank}, seed {seed}: ".format(**results["arguments"])
         + "{total_steps} steps, {seconds:.0f} s".format(**results),
         "  {adapter_parameters:,} adapter parameters, {trainable_parameters:,} in all trained"
         .format(**results),
-        f"  {len(sizes)} matrices, total rank {sum(sizes)}, {sizes[0]} to {sizes[-1]} each; "
-        f"{pruned} ranks were pruned, {again} of these had been added before"]
+        f"  {len(sizes)} matrices, total rank {sum(sizes)}, {sizes[0]} to {sizes[-1]} each"]
+    if pruned:
+        lines[-1] += f"; of {pruned} ranks pruned, {again} had been added by earlier adjustments"
     planted, means = mean_ranks(results.get("planted_ranks")), mean_ranks(results["ranks"])
     for kind, mean in means.items():
         known = f"  (planted {planted[kind]:.0f})" if kind in planted else ""
         lines.append(f"  {kind:<{max(map(len, means))}} mean rank {mean:5.2f}{known}")
     compared = {results.get("floor_name"): results.get("floor", {}),
                 "the paper's ElaLoRA": results.get("paper", {})}
-    for metric, value in metrics.items():
+    for metric, value in results["metrics"].items():
         others = [f"{name} {x[metric]:.4f}" for name, x in compared.items() if metric in x]
         lines.append(f"  {metric:<15} {value:.4f}" + f"  ({', '.join(others)})" * bool(others))
-    lines += [f"  {results['note']}"] * bool(results.get("note"))
-    if "gap_closed" in metrics:
-        lines.append("  {} closed {:.0%} of the gap between the residual of the best even ranks, "
-                     "{even_rank_bound:.4f}, and that of the best ranks, {best_possible:.4f}."
-                     .format(words(results)[0], round(metrics["gap_closed"], 2) + 0.0, **metrics))
+    if results.get("note"):
+        lines.append(f"  {results['note']}")
     return lines
 
 
 # ---- Studies ----
 def read(folder: Path) -> list[dict]:
-    """All runs in a folder of run folders. ValueError if a file of one is broken."""
+    """All runs in a folder of run folders, but no costs. ValueError if a file is broken."""
     runs = []
     for path in sorted(folder.rglob("results.json")):
         predictions = path.with_name("predictions.json")
         try:
-            runs.append(json.loads(path.read_text()))
-            runs[-1]["folder"] = path.parent.relative_to(folder).as_posix()
+            results = json.loads(path.read_text())
+            if "history" not in results:
+                continue
+            results["folder"] = path.parent.relative_to(folder).as_posix()
             if predictions.exists():
-                runs[-1]["predictions"] = json.loads(predictions.read_text())
+                results["predictions"] = json.loads(predictions.read_text())
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path.parent}: {error}; delete it") from None
+        runs.append(results)
     return runs
 
 
@@ -197,7 +196,7 @@ def read_study(study: Path) -> list[dict]:
 def pack(folder: Path, study: Path) -> None:
     """Adds the runs in a folder to a study's two files. ValueError if the study has another run in
     a folder of this name, or if there is no run."""
-    found = {r["folder"]: r for r in read_study(study)} if csv_of(study).exists() else {}
+    found = {r["folder"]: r for r in read_study(study)} if Path(f"{study}.csv").exists() else {}
     for r in read(folder):
         if found.setdefault(r["folder"], r) != r:
             raise ValueError(f"{study} has another run in a folder of the name {r['folder']}")
@@ -208,21 +207,19 @@ def pack(folder: Path, study: Path) -> None:
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in runs)
     packed = gzip.compress(lines.encode(), mtime=0)  # the same runs make the same file
     write(Path(f"{study}.jsonl.gz"), lambda path: path.write_bytes(packed))
-    write(csv_of(study), lambda path: rows.to_csv(path, index=False))
-
-
-def csv_of(study: Path) -> Path:
-    return Path(f"{study}.csv")
+    write(Path(f"{study}.csv"), lambda path: rows.to_csv(path, index=False))
 
 
 def frame(runs: list[dict]) -> pandas.DataFrame:
     """What STUDY.csv has. ValueError if two runs have the same task, title and seed."""
-    rows = pandas.DataFrame([row(r) for r in runs])
+    metrics = {name: math.nan for r in runs for name in r["metrics"]}
+    rows = pandas.DataFrame([row(r, metrics) for r in runs])
     for _, of_task in rows.groupby("task"):
         rows.loc[of_task.index, "run"] = titles([runs[i] for i in of_task.index])
-    twice = rows[rows.duplicated(["task", "run", "seed"])]
-    if len(twice):
-        raise ValueError(f"two runs are {', '.join(map(str, twice[['task', 'run', 'seed']].iloc[0]))}")
+    keys = rows[["task", "run", "seed"]]
+    if keys.duplicated().any():
+        twice = ", ".join(map(str, keys[keys.duplicated()].iloc[0]))
+        raise ValueError(f"two runs are {twice}; add a \"name\" to one's results.json")
     for _, alike in rows.groupby(["task", "run"]):  # with the ranks of the other seeds
         maps = pandas.DataFrame({i: runs[i]["ranks"] for i in alike.index})
         pairs = maps.corr("spearman").mask(np.eye(len(alike), dtype=bool))
@@ -230,17 +227,18 @@ def frame(runs: list[dict]) -> pandas.DataFrame:
     return rows
 
 
-def row(r: dict) -> dict:
+def row(r: dict, metrics: dict) -> dict:
     """One run's row, but for what others decide: its title and the correlation of its ranks."""
     asked = {name: r["arguments"].get(name, default) for name, default in ASKED.items()}
-    asked |= {name: " ".join(asked[name]) for name in ("targets", "set")}
+    asked |= {name: " ".join(sorted(asked[name])) for name in ("targets", "set")}
     pruned, again = count_pruned(r) if r["adjustments"] else (math.nan, math.nan)
-    last_scores = [*r["scores"].values()][-1:] or [[]]
-    return dict(run="") | asked | r["metrics"] | dict(
+    last_scores = [[], *r["scores"].values()][-1]
+    found = dict(run="") | asked | metrics | r["metrics"]
+    found |= dict(
         train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
         seconds=r["seconds"], commit=r.get("commit"), pruned=pruned, pruned_again=again,
-        score_median=log_scores(last_scores[0]).median(), rank_correlation=math.nan
-    ) | {f"rank of {kind}": mean for kind, mean in mean_ranks(r["ranks"]).items()}
+        score_median=log_scores(last_scores).median(), rank_correlation=math.nan)
+    return found | {f"rank of {kind}": mean for kind, mean in mean_ranks(r["ranks"]).items()}
 
 
 # ---- Differences ----
@@ -268,11 +266,12 @@ def differences(rows: pandas.DataFrame, metric: str, pairs: list[list[str]]) -> 
         values = (by_seed[first] - by_seed[second]).dropna()
         if len(values) < 2:
             continue
-        x = found[f"{first} − {second}"] = dict(mean=values.mean(), std=values.std(), n=len(values))
+        x = dict(mean=values.mean(), std=values.std(), n=len(values))
         if len(values) >= 5 and values.std() > 0:
             test = scipy.stats.ttest_1samp(values, 0)
             x["low"], x["high"] = test.confidence_interval(0.95)
             x["p"] = test.pvalue
+        found[f"{first} − {second}"] = x
     table = pandas.DataFrame(found).T.reindex(columns=["mean", "std", "n", "low", "high", "p"])
     tests = int(table["p"].count())
     least = [detectable(x["std"], int(x["n"]), tests) if x["p"] == x["p"] else math.nan
@@ -287,15 +286,16 @@ def families_of(study: Path, rows: pandas.DataFrame) -> dict[str, list[list[str]
     named = json.loads(path.read_text()).get(study.name, {}) if path.exists() else {}
     if named:
         found = {x: [pair for pair in named[x] if {*pair} <= {*present}] for x in named}
-        return {f"; {x}, {len(found[x])} of {len(named[x])} named beforehand": found[x]
+        return {f"{x}, {len(found[x])} of {len(named[x])} named beforehand": found[x]
                 for x in named if found[x]}
     asked = rows.reindex(columns=["rank", "targets", "set"])
     asked = pandas.Series(map(str, asked.to_numpy().tolist()), rows.index)
-    alike = asked.map(asked.value_counts())[rows["method"] == "elalora"]
-    if alike.empty:
+    alike = asked.map(asked.value_counts()).groupby(rows["run"]).first()
+    ours = rows["run"][rows["method"] == "elalora"]
+    if ours.empty:
         return {}
-    reference = rows["run"][alike.idxmax()]
-    return {"": [[reference, other] for other in present if other != reference]}
+    reference = min(ours, key=lambda title: (-alike[title], len(title)))
+    return {"ElaLoRA and others": [[reference, x] for x in present if x != reference]}
 
 
 # ---- Tables ----
@@ -340,7 +340,7 @@ def tables(study: Path, rows: pandas.DataFrame) -> str:
             for metric in dict.fromkeys(["loss", reached[0], "train_loss"]):
                 if metric in present:
                     table = differences(of_task, metric, pairs)
-                    found[f"{task}: {metric}, first minus second{family}"] = pandas.DataFrame(
+                    found[f"{task}: {metric}, first minus second; {family}"] = pandas.DataFrame(
                         {name: in_words(x) for name, x in table.iterrows()}).T.fillna("")
     return "\n\n".join(f"## {heading}\n\n{table.to_markdown(disable_numparse=True)}"
                        for heading, table in found.items() if table.size)
@@ -359,16 +359,15 @@ def compare(folder: Path, arguments: dict) -> str:
     """Writes the page of a task's runs, TASK.md, and README.md, which lists the pages. Returns the
     tables, but nothing for a single run."""
     task = arguments["task"]
-    page, runs = page_of(folder, task), [r for r in read(folder) if r["arguments"]["task"] == task]
+    page = page_of(folder, task)
+    runs = [r for r in read(folder) if r["arguments"]["task"] == task]
     text = tables(folder / task, frame(runs))
     commands = "\n".join(sorted({r["command"] for r in runs}))
-    hardware = "; ".join(sorted({"torch {torch}, {hardware}".format(**r["versions"])
-                                 for r in runs}))
-    write(page, lambda path: path.write_text(
-        f"{MARK}\n# {task}\n\n```sh\n{commands}\n```\n\n{hardware}\n\n{LEGEND}\n\n{text}\n"))
-    pages = [x.name for x in sorted(folder.glob("*.md")) if x.name != "README.md"]
-    write(folder / "README.md", lambda path: path.write_text(
-        "\n".join([f"{MARK}\n# Runs\n", *(f"- [{name}]({name})" for name in pages), ""])))
+    whole = f"{MARK}\n# {task}\n\n```sh\n{commands}\n```\n\n{LEGEND}\n\n{text}\n"
+    write(page, lambda path: path.write_text(whole))
+    pages = sorted({*folder.glob("*.md")} - {folder / "README.md"})
+    index = "".join(f"- [{path.name}]({path.name})\n" for path in pages)
+    write(folder / "README.md", lambda path: path.write_text(f"{MARK}\n# Runs\n\n{index}"))
     return text if len(runs) > 1 else ""
 
 
@@ -376,19 +375,19 @@ def compare(folder: Path, arguments: dict) -> str:
 def fill(text: str, folder: Path = RESULTS) -> str:
     """The text with what the studies in a folder say between its marks. ValueError if they do not
     say it."""
-    def value(mark: re.Match) -> str:
-        study, run, metric, *shape = [x.strip() for x in mark[1].split(";")]
+    def filled(mark: re.Match) -> str:
+        fields = [x.strip() for x in mark[2].split(";")]
         try:
-            return f"<!--{mark[1]}-->{number(folder, study, run, metric, *shape)}<!-- end -->"
+            return mark[1] + number(folder, *fields) + "<!-- end -->"
         except (KeyError, FileNotFoundError) as error:
-            raise ValueError(f"{mark[0]}: {error} not found") from None
-    return re.sub(r"<!--([^;>]+(?:;[^;>]+){2,3})-->.*?<!-- end -->", value, text)
+            raise ValueError(f"{mark[1]}: {error} not found") from None
+    return re.sub(r"(<!--([^;>]+(?:;[^;>]+){2,3})-->).*?<!-- end -->", filled, text)
 
 
 def number(folder: Path, study: str, run: str, metric: str, shape: str = "") -> str:
-    """A run's mean ± standard deviation, or a difference with its interval and corrected p."""
+    """A run's mean ± standard deviation, or a difference's with its corrected p."""
     study, _, task = study.partition(" ")
-    rows = pandas.read_csv(folder / f"{study}.csv", float_precision="round_trip")
+    rows = pandas.read_csv(folder / f"{study}.csv")
     rows = rows[rows["task"] == (task or rows["task"][0])]
     if " − " not in run:
         values = rows.groupby("run")[metric].get_group(run)
@@ -403,8 +402,9 @@ def number(folder: Path, study: str, run: str, metric: str, shape: str = "") -> 
 # ---- The command ----
 def main(argv: list[str]) -> None:
     if argv[:1] == ["pack"] and len(argv) == 3:
-        pack(Path(argv[1]), Path(argv[2]))
-        argv = [f"{argv[2]}.csv"]
+        study = argv[2].removesuffix(".csv")
+        pack(Path(argv[1]), Path(study))
+        argv = [f"{study}.csv"]
     if argv[:1] == ["fill"]:
         for path in map(Path, argv[1:]):
             filled = fill(path.read_text())
@@ -417,4 +417,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"experiments.report: error: {error}")
