@@ -220,24 +220,24 @@ def weights_of(problem):
     return {name: w.detach().clone() for name, w in trained(problem.model).items()}
 
 
-def end_of(config, checkpoint, stops=()):
-    """Problem, method and log of a run that is interrupted in the third step of some epochs, and
-    each time made and trained again."""
+def end_of(config, checkpoint, stop=None):
+    """Problem, method and log of a run that was interrupted in the second step of an epoch, and
+    then made and trained again."""
+    problem, method = make(config)
+    batches = problem.batches
 
-    def until(batches, last):
-        for step, batch in enumerate(batches, 1):
-            if step == last:
+    def interrupted(epoch):
+        for step, batch in enumerate(batches(epoch), 1):
+            if (epoch, step) == (stop, 2):
                 raise KeyboardInterrupt
             yield batch
 
-    for stop in stops:
-        problem, method = make(config)
-        batches = problem.batches
-        problem.batches = lambda epoch: until(batches(epoch), 3 if epoch == stop else 0)  # noqa: B023
+    if stop:
+        problem.batches = interrupted
         with pytest.raises(KeyboardInterrupt):
             train(problem, method, config, checkpoint)
         assert len(torch.load(checkpoint)["log"]["history"]) == stop - 1
-    problem, method = make(config)
+        problem, method = make(config)
     return problem, method, train(problem, method, config, checkpoint)
 
 

@@ -47,7 +47,7 @@ def test_an_interrupted_evaluation_says_so_in_one_line_and_is_made_again(
     """Ctrl-C after the first or the last epoch exits with 130. The command alone is refused then;
     with --resume it goes on, without training again what was trained, and ends as if never
     interrupted."""
-    config = config_of(world, "rte")
+    config = config_of(world, "planted")
     arguments, folder = arguments_of(config), reproduce.folder_of(config, "runs")
     evaluate, step, steps = training.evaluate, training.train_step, []
 
@@ -66,7 +66,7 @@ def test_an_interrupted_evaluation_says_so_in_one_line_and_is_made_again(
     with monkeypatch.context() as context:
         context.setattr(training, "train_step", lambda *a: steps.append(a) or step(*a))
         reproduce.main([*arguments, "--resume"])
-    assert len(steps) == (0 if last else 3 * 6)
+    assert len(steps) == (0 if last else 3 * 10)
     reproduce.main([*arguments, "--output-dir", "whole"])
     whole = reproduce.folder_of(config, "whole")
     assert files_of(folder) == files_of(whole) and not (folder / "checkpoint.pt").exists()
