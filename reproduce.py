@@ -1,6 +1,6 @@
 """Runs ElaLoRA, or a method to compare it with, on one of the paper's experiments.
 
-    python reproduce.py                        # planted ranks: no network or GPU, two minutes or less
+    python reproduce.py                        # planted ranks: no network, two minutes or less
     python reproduce.py --task mrpc --rank 4   # DeBERTaV3-base on GLUE (section 4.2)
     python reproduce.py --task xsum --rank 2   # BART-base on XSum (section 4.3)
     python reproduce.py --task cifar --rank 8  # ViT-B/16 on VTAB-1k (section 4.4)

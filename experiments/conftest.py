@@ -191,7 +191,8 @@ assert len(FAMILY_TASKS) == len(FAMILIES)
 def config_of(world, task, method="elalora", settings=(), **changes):
     """A run of 4 epochs, in which ranks move often."""
     changes = dict(rank=3, seed=0, epochs=4) | changes
-    words = [f"batch_size={BATCH.get(task, 16)}", f"learning_rate={RATE.get(task, 0.02)}", "b=4", "k=2", *settings]
+    words = [f"batch_size={BATCH.get(task, 16)}", f"learning_rate={RATE.get(task, 0.02)}"]
+    words += ["b=4", "k=2", *settings]
     if PLACES[task]:
         model, data = (str(world / name) for name in PLACES[task])
         changes = dict(model=model, data_dir=data, dtype="float32") | changes

@@ -30,9 +30,9 @@ def check_files(model: str | None, data_dir: str | None, folders: list[Path]) ->
             raise ValueError(f"--output-dir: cannot write in {folder}: {error.strerror}") from None
     local = model and (model.startswith((".", "/", "~")) or Path(model).exists())
     if local and not Path(model, "config.json").is_file():
-        raise ValueError(f"--model: {model} is no folder with a config.json")
+        raise ValueError(f"--model: {model} is not a folder with a config.json")
     if data_dir and not Path(data_dir).is_dir():
-        raise ValueError(f"--data-dir: {data_dir} is no folder")
+        raise ValueError(f"--data-dir: {data_dir} is not a folder")
 
 
 # ---- Models ----

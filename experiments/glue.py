@@ -55,7 +55,7 @@ def character_map(tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[[
 
 
 def check_labels(labels: Sequence[float], task: Task, where: str) -> None:
-    """Raises ValueError for a label that is none of the task's."""
+    """Raises ValueError for a label that the task does not have."""
     for label in labels:
         if not (math.isfinite(label) if task.labels == 1 else label in range(task.labels)):
             right = "a number" if task.labels == 1 else f"one of 0 to {task.labels - 1}"

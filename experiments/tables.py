@@ -104,7 +104,7 @@ TABLE_7 = {
     "stsb": (5_749, 64, 5e-3, 25, 300, 300, 150, (3, 4, 8), (1, 2, 4), (90.61, 91.10, 91.59)),
 }
 TABLE_7["sst2_heldout"] = (*TABLE_7["sst2"][:-1], [None] * 3)  # ours: evaluated on other data
-TABLE_2 = {"cola": "matthews", "stsb": "pearson"}  # the metrics that are no accuracy
+TABLE_2 = {"cola": "matthews", "stsb": "pearson"}  # where it is not the accuracy
 ROUGE = {2: dict(rouge1=0.3724, rouge2=0.1466, rougeL=0.2976),  # Table 3
          6: dict(rouge1=0.3800, rouge2=0.1530, rougeL=0.3042)}
 TABLE_8 = {2: Recipe(32, 5e-4, 2, 1500, 3000, 200, 2, 1, ROUGE[2]),
@@ -130,7 +130,7 @@ FAMILY_OF = {task: name for name, family in FAMILIES.items() for task in family.
 
 # ---- The settings of a run ----
 def settings_of(words: Sequence[str]) -> dict[str, int | float | str]:
-    """Settings by name, sorted, from words NAME=VALUE. ValueError if a word is none, or a repeat."""
+    """Settings by name, sorted, from words NAME=VALUE. ValueError for others, and for repeats."""
     kinds = {f.name: f.type for f in fields(Recipe)}
     found = {}
     for word in words:

@@ -46,5 +46,5 @@ def test_every_round_times_a_step_of_every_method_on_one_batch(task, short, worl
 def test_bad_arguments_of_the_benchmark_are_refused(refusal):
     """In one line and with exit code 2, before any work."""
     assert "'planted'" in refusal("--task", "planted", main=benchmark.main)
-    message = "experiments.benchmark: error: --model: ./nowhere is no folder with a config.json"
+    message = "experiments.benchmark: error: --model: ./nowhere is not a folder with a config.json"
     assert message in refusal("--model", "./nowhere", main=benchmark.main)

@@ -56,7 +56,8 @@ def test_the_held_out_tenth_is_the_same_for_every_seed():
 
 def test_some_examples_are_the_same_for_every_seed():
     """As many as asked for, no two the same; 0 is all; more than there are is a ValueError."""
-    some = lambda n: [*data.some(range(57), replace(recipe_of(Config("rte", "elalora", 4, 0)), examples=n))]
+    recipe = recipe_of(Config("rte", "elalora", 4, 0))
+    some = lambda n: [*data.some(range(57), replace(recipe, examples=n))]
     torch.manual_seed(0)
     found = some(9)
     torch.manual_seed(1)

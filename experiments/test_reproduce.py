@@ -215,8 +215,8 @@ BAD_ARGUMENTS = {
     "epochs": (["--epochs", "0"], "epochs must be a number > 0, got 0"),
     "seeds": (["--seeds", "3", "1", "3"], r"--seeds \[3, 1, 3\]: remove duplicates"),
     "dtype": (["--dtype", "bfloat16"], "--dtype, --holdout are not for planted"),
-    "data": (["--task", "mrpc", "--data-dir", "nowhere"], "--data-dir: nowhere is no folder"),
-    "model": (["--task", "mrpc", "--model", "./nowhere"], "nowhere is no folder with a config"),
+    "data": (["--task", "mrpc", "--data-dir", "nowhere"], "--data-dir: nowhere is not a folder"),
+    "model": (["--task", "mrpc", "--model", "./nowhere"], "nowhere is not a folder with a config"),
     "hub": (["--task", "mrpc"], r"\(without the hub: --model FOLDER --data-dir FOLDER\)"),
     "targets": (["--targets", "dense", "bias"], "--targets bias: none of .*output.dense ends so"),
     "set": (["--set", "b=1", "--set", "k=two"], "--set k=two: "),
@@ -276,7 +276,7 @@ HOSTILE = {  # the task, what is done to a copy of the world, the error
     "a bad line": ("cifar", bad("vtab/*/cifar/val200.txt", lambda x: x.replace(b" 1", b" one", 1)),
                    "val200.txt, line 2: .*001.jpg one' is not a path and a label >= 0"),
     "a broken test image": ("cifar", bad("vtab/*/cifar/images/test/007.jpg", lambda x: x[:300]),
-                            "images/test/007.jpg is no image that can be read"),
+                            "images/test/007.jpg is not an image that can be read"),
     "a model of text": ("cifar", lambda root: shutil.copy(
         root / "bart/config.json", root / "vit/config.json"), "vit"),
 }  # fmt: skip
@@ -307,7 +307,7 @@ def test_results_that_are_broken_or_anothers_are_named(content, tmp_path, refusa
 # ---- Several processes ----
 def test_two_processes_make_the_run_that_one_makes(world, tmp_path, monkeypatch, refusal):
     """By the command line, without dropout, whose draws differ: losses, metrics and ranks are those
-    of one process. It reports and writes once. A run of two processes is none of one."""
+    of one process. It reports and writes once, and is not taken for a run of one process."""
     root = tmp_path / "given"
     shutil.copytree(world, root)
     config = json.loads((root / "deberta/config.json").read_text())

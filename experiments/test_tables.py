@@ -75,7 +75,7 @@ def test_settings_in_another_order_or_spelling_are_the_same():
 
 @pytest.mark.parametrize("word", ["ranks=3", "paper=1", "epochs=2", "__class__=1", "b 1", ""])
 def test_what_is_no_setting_is_refused_with_all_that_are(word):
-    """Epochs have an argument of their own; the paper's results are no setting."""
+    """Epochs have an argument of their own; the paper's results are not a setting."""
     with pytest.raises(ValueError, match=f"--set {word}: takes NAME=VALUE of {SETTINGS[0]}, "):
         settings_of([word])
 

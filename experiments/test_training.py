@@ -153,7 +153,7 @@ def test_a_checkpoint_that_is_not_this_runs_is_named_and_refused(change, reason,
     path.write_bytes(broken := change(torch.load(path), path.read_bytes()))
     with pytest.raises(ValueError) as error:
         end_of(config, path)
-    assert str(error.value).startswith(f"{path} is no checkpoint of this run, delete it to start")
+    assert str(error.value).startswith(f"{path} is not a checkpoint of this run, delete it to ")
     assert reason in str(error.value) and path.read_bytes() == broken
 
 

@@ -37,7 +37,8 @@ def test_the_loss_is_the_mean_over_the_tokens_of_all_summaries(world, monkeypatc
     monkeypatch.setattr(xsum, "SUMMARY_TOKENS", 160)
     problem = problem_of(world)
     problem.model.eval().get_input_embeddings().weight.data.mul_(30)  # so that tokens differ
-    train, validation = load_splits(str(world / "xsum"), xsum.HUB, None, [], ("train", "validation"))
+    folder, names = str(world / "xsum"), ("train", "validation")
+    train, validation = load_splits(folder, xsum.HUB, None, [], names)
     tokenizer = transformers.AutoTokenizer.from_pretrained(world / "bart")
 
     def token_losses(row):

@@ -138,5 +138,5 @@ def restore(path: Path, config: Config, model: nn.Module, method: Method) -> dic
         method.load_state_dict(saved["method"])
         return saved["log"]
     except Exception as error:  # a broken file makes torch.load raise all kinds
-        raise ValueError(f"{path} is no checkpoint of this run, delete it to start again "
+        raise ValueError(f"{path} is not a checkpoint of this run, delete it to start again "
                          f"({type(error).__name__}: {' '.join(str(error).split())})") from None

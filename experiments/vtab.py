@@ -74,7 +74,7 @@ class Images(Dataset):
             with path.open("rb") as file:
                 return Image.open(file).convert("RGB")
         except Exception as error:  # broken files raise all kinds
-            raise ValueError(f"{path} is no image that can be read, {type(error).__name__}: "
+            raise ValueError(f"{path} is not an image that can be read, {type(error).__name__}: "
                              f"{error}") from None
 
     def __getitem__(self, i: int) -> dict:
