@@ -7,8 +7,8 @@
 A study is two files. STUDY.csv has a row a run: what was asked, what it reached, what it took.
 STUDY.jsonl.gz has a line a run: all of its results.json, "predictions" and "folder". contrasts.json
 beside them names the differences to test: study -> family -> pairs of runs. Without it, ElaLoRA is
-compared with every other run. `fill` writes results into texts, between <!-- STUDY; RUN; METRIC -->
-and <!-- end -->. RUN may be a difference, "ElaLoRA − LoRA". STUDY may be followed by a task. A
+compared with every other run. `fill` writes results into texts, between <!--STUDY;RUN;METRIC-->
+and <!--end-->. RUN may be a difference, "ElaLoRA − LoRA". STUDY may be followed by a task. A
 fourth field says what is written, as {mean:.0%}; there are mean, std, n, and of differences low,
 high, p, detectable.
 """
@@ -378,10 +378,10 @@ def fill(text: str, folder: Path = RESULTS) -> str:
     def filled(mark: re.Match) -> str:
         fields = [x.strip() for x in mark[2].split(";")]
         try:
-            return mark[1] + number(folder, *fields) + "<!-- end -->"
+            return mark[1] + number(folder, *fields) + "<!--end-->"
         except (KeyError, FileNotFoundError) as error:
             raise ValueError(f"{mark[1]}: {error} not found") from None
-    return re.sub(r"(<!--([^;>]+(?:;[^;>]+){2,3})-->).*?<!-- end -->", filled, text)
+    return re.sub(r"(<!--([^;>]+(?:;[^;>]+){2,3})-->).*?<!--end-->", filled, text)
 
 
 def number(folder: Path, study: str, run: str, metric: str, shape: str = "") -> str:

@@ -396,15 +396,15 @@ def test_what_stands_between_marks_is_what_the_study_says(runs, tmp_path):
              "s mrpc; LoRA; accuracy; {std:.1%}": f"{np.std(lora, ddof=1):.1%}",
              "s; ElaLoRA − LoRA; accuracy; {mean:+.4f}": f"{mean:+.4f}"}
     for mark, value in right.items():
-        assert report.fill(f"{text}<!-- {mark} -->old<!-- end -->, c", tmp_path) == (
-            f"{text}<!-- {mark} -->{value}<!-- end -->, c")
-    filled = report.fill("<!-- s; ElaLoRA − LoRA; accuracy --><!-- end -->", tmp_path)
+        assert report.fill(f"{text}<!-- {mark} -->old<!--end-->, c", tmp_path) == (
+            f"{text}<!-- {mark} -->{value}<!--end-->, c")
+    filled = report.fill("<!-- s; ElaLoRA − LoRA; accuracy --><!--end-->", tmp_path)
     p = scipy.stats.ttest_rel(ours, lora).pvalue  # the only one that is tested
     assert f"(p = {p:.2g})" in filled and close(filled.partition(" (")[0], mean, np.std(
         np.subtract(ours, lora), ddof=1))
     for mark in ("s; EVA; accuracy", "s; LoRA; loss", "t; LoRA; accuracy", "s; LoRA − EVA; loss"):
         with pytest.raises(ValueError, match=f"<!-- {mark} -->.* not found"):
-            report.fill(f"<!-- {mark} --><!-- end -->", tmp_path)
+            report.fill(f"<!-- {mark} --><!--end-->", tmp_path)
 
 
 # ---- Pictures ----
