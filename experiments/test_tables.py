@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elalora import RankSchedule
+from experiments import glue
 from experiments.methods import METHODS as CLASSES
 from experiments.tables import (
     FAMILIES, FAMILY_OF, METHODS, SETTINGS, Config, fit_phases, papers_result, papers_run,
@@ -25,6 +26,14 @@ def test_every_family_has_a_module_and_every_method_a_class():
     for name in FAMILIES:
         assert callable(importlib.import_module(f"experiments.{name}").problem)
     assert {*METHODS} == {*CLASSES} - {"frozen"}
+
+
+def test_glue_has_columns_for_every_task_and_reports_table_2s_metric_first():
+    """The tasks of the tables, and those whose columns and metrics glue.py knows, are the same."""
+    assert glue.TASKS.keys() == FAMILIES["glue"].tasks.keys()
+    for name, task in FAMILIES["glue"].tasks.items():
+        for recipe in task.recipes.values():
+            assert [*recipe.paper] in ([glue.TASKS[name].metrics[0]], [])
 
 
 @pytest.mark.parametrize("task", FAMILY_OF)
