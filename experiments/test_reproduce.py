@@ -167,18 +167,28 @@ def test_settings_and_targets_in_another_order_are_the_same_run(tmp_path, monkey
 
 
 def test_a_run_names_the_commit_that_made_it(tmp_path, monkeypatch):
-    """With "+changes" if a file differs; None where there is no git."""
-    for path in ("experiments", "reproduce.py"):
-        copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy
-        copy(ROOT / path, tmp_path / path)
-    monkeypatch.setattr(shared, "__file__", str(tmp_path / "experiments/problem.py"))
+    """With "+changes" if a file differs; None for a copy that has no git of its own."""
+    root = tmp_path / "copy"
+    monkeypatch.setattr(shared, "__file__", str(root / "experiments/problem.py"))
+
+    def git(folder, *words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(folder), *identity, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit_all(folder):
+        git(folder, "init", "-q")
+        git(folder, "add", ".")
+        git(folder, "commit", "-q", "-m", "x")
+        return git(folder, "rev-parse", "HEAD")
+
+    root.mkdir()
+    (root / "reproduce.py").write_text("a")
+    commit_all(tmp_path)  # of somebody else's project around the copy
     assert shared.commit() is None
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
-        subprocess.run([*git, *command], check=True)
-    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    head = commit_all(root)
     assert shared.commit() == head
-    (tmp_path / "reproduce.py").write_text("")
+    (root / "reproduce.py").write_text("b")
     assert shared.commit() == f"{head}+changes"
 
 
