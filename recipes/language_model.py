@@ -1,10 +1,10 @@
-"""Fine-tunes a causal language model, such as Gemma 3 270M, on pairs of texts, with TRL's SFTTrainer.
+"""For fine-tuning a causal language model, such as Gemma 3 270M, on pairs of texts, with TRL.
 
     python language_model.py --model google/gemma-3-270m --data EdinburghNLP/xsum
 
-Both may be folders. Other data: --columns names the prompt and what is to be answered. Beside it
-must be trainer.py and elalora.py; needs trl, datasets and peft. It also resumes from the middle and
-loads its export into PEFT, to show that both end with the same held-out loss.
+Both may be folders. It needs trainer.py beside it, and pip install trl peft datasets. To show what
+can be relied on, it also resumes from the middle, and loads its export into PEFT: the held-out loss
+must be the same.
 """
 
 import argparse
@@ -24,17 +24,16 @@ MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="google/gemma-3-270m")
-    parser.add_argument("--data", default="EdinburghNLP/xsum", help="has train and validation")
-    parser.add_argument("--columns", nargs=2, default=["document", "summary"])
-    parser.add_argument("--words", type=int, default=50, help="of the prompt, at most")
+    parser.add_argument("--data", default="EdinburghNLP/xsum", help="with train and validation")
+    parser.add_argument("--columns", nargs=2, default=["document", "summary"], help="text, answer")
+    parser.add_argument("--words", type=int, default=50, help="of a text, at most")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--held-out", type=int, default=32, help="rows")
+    parser.add_argument("--held-out", type=int, default=32, help="rows of validation")
     parser.add_argument("--output", default="language-model", help="folder")
     return parser.parse_args()
 
@@ -42,13 +41,13 @@ def parse_arguments() -> argparse.Namespace:
 def load_rows(args: argparse.Namespace) -> datasets.DatasetDict:
     """Rows of prompt and completion, as TRL wants them: the loss is that of the completion."""
     def pair(row: dict) -> dict:
-        prompt, completion = (row[column] for column in args.columns)
-        prompt = " ".join(prompt.split()[: args.words])
-        return dict(prompt=f"{prompt}\n\nSummary:", completion=f" {completion}")
+        text, answer = (row[column] for column in args.columns)
+        text = " ".join(text.split()[: args.words])
+        return dict(prompt=f"{text}\n\nSummary:", completion=f" {answer}")
 
-    sizes = dict(train=args.steps * args.batch_size, validation=args.held_out)
     splits = datasets.load_dataset(args.data)
-    rows = {name: splits[name].select(range(min(n, len(splits[name])))) for name, n in sizes.items()}
+    sizes = dict(train=args.steps * args.batch_size, validation=args.held_out)
+    rows = {name: splits[name].take(n) for name, n in sizes.items()}
     return datasets.DatasetDict(rows).map(pair, remove_columns=splits["train"].column_names)
 
 
@@ -61,36 +60,28 @@ def make_trainer(model: torch.nn.Module, args: argparse.Namespace) -> trl.SFTTra
     settings = trl.SFTConfig(
         args.output, max_steps=args.steps, per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size, learning_rate=args.learning_rate,
-        max_grad_norm=1.0, warmup_steps=args.steps // 10, save_steps=args.steps // 2,
-        logging_steps=max(1, args.steps // 10), report_to=[], use_cpu=not gpu, bf16=gpu,
-        gradient_checkpointing=gpu)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    rows = load_rows(args)
+        save_steps=args.steps // 2, logging_steps=max(1, args.steps // 10), report_to=[],
+        bf16=gpu, use_cpu=not gpu, gradient_checkpointing=gpu)
+    tokenizer, rows = transformers.AutoTokenizer.from_pretrained(args.model), load_rows(args)
     return trl.SFTTrainer(model, settings, train_dataset=rows["train"],
                           eval_dataset=rows["validation"], processing_class=tokenizer)
 
 
 def main() -> None:
     args = parse_arguments()
-    def held_out(trainer: trl.SFTTrainer, when: str) -> None:
-        print(f"held-out loss {when}: {trainer.evaluate()['eval_loss']:.6f}", flush=True)
-
     for checkpoint in (None, f"{args.output}/checkpoint-{args.steps // 2}"):  # whole, then resumed
         torch.manual_seed(0)
         trainer = make_trainer(inject(load_base(args), MATRICES, args.rank), args)
         trainer.add_callback(moves := MoveRanks(trainer))
-        held_out(trainer, "before")
-        start = time.perf_counter()
+        before, start = trainer.evaluate()["eval_loss"], time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
-        minutes = (time.perf_counter() - start) / 60
-        held_out(trainer, "after resuming" if checkpoint else "after")
-        ranks = sorted(moves.allocator.ranks().values())
-        print(f"{minutes:.1f} minutes, ranks from {ranks[0]} to {ranks[-1]}")
+        minutes, after = (time.perf_counter() - start) / 60, trainer.evaluate()["eval_loss"]
+        print(f"{'resumed' if checkpoint else 'whole'}: held-out loss {before:.6f} before, "
+              f"{after:.6f} after {minutes:.1f} minutes; ranks {moves.allocator.ranks()}")
     export_peft(trainer.model, f"{args.output}/peft", args.model)
     loaded = peft.PeftModel.from_pretrained(load_base(args), f"{args.output}/peft")
-    held_out(make_trainer(loaded, args), "after export")
-    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"at most {gigabytes:.1f} GB of memory")
+    print(f"exported: {make_trainer(loaded, args).evaluate()['eval_loss']:.6f}, at most "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB of memory")
 
 
 if __name__ == "__main__":
