@@ -72,7 +72,8 @@ def main() -> None:
     for checkpoint in (None, f"{args.output}/checkpoint-{args.steps // 2}"):  # whole, then resumed
         torch.manual_seed(0)
         trainer = make_trainer(inject(load_base(args), MATRICES, args.rank), args)
-        trainer.add_callback(moves := MoveRanks(trainer))
+        moves = MoveRanks(trainer)
+        trainer.add_callback(moves)
         before, start = trainer.evaluate()["eval_loss"], time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         minutes, after = (time.perf_counter() - start) / 60, trainer.evaluate()["eval_loss"]
