@@ -77,8 +77,9 @@ def main() -> None:
         before, start = trainer.evaluate()["eval_loss"], time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         minutes, after = (time.perf_counter() - start) / 60, trainer.evaluate()["eval_loss"]
+        ranks = moves.allocator.ranks().values()
         print(f"{'resumed' if checkpoint else 'whole'}: held-out loss {before:.6f} before, "
-              f"{after:.6f} after {minutes:.1f} minutes; ranks {moves.allocator.ranks()}")
+              f"{after:.6f} after {minutes:.1f} minutes; ranks of {min(ranks)} to {max(ranks)}")
     export_peft(trainer.model, f"{args.output}/peft", args.model)
     loaded = peft.PeftModel.from_pretrained(load_base(args), f"{args.output}/peft")
     print(f"exported: {make_trainer(loaded, args).evaluate()['eval_loss']:.6f}, at most "

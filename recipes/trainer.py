@@ -18,8 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from elalora import (
-    RankAllocator, RankSchedule, SVDLinear, adapter_state_dict, adapters_disabled,
-    orthogonality_penalty)
+    RankAllocator, RankSchedule, SVDLinear, adapter_state_dict, orthogonality_penalty)
 
 
 @dataclass(eq=False)
@@ -71,9 +70,14 @@ class MoveRanks(TrainerCallback):
         self.trainer.model.__dict__.pop("_is_accelerate_prepared", None)
 
     def save(self, output_dir=None, state_dict=None):
-        if any(isinstance(module, SVDLinear) for module in self.trainer.model.modules()):
-            state_dict = adapter_state_dict(self.trainer.model)
+        model = self.trainer.model
+        before = getattr(model, "_keys_to_ignore_on_save", None)
+        if any(isinstance(module, SVDLinear) for module in model.modules()):
+            state_dict = adapter_state_dict(model)
+            # Of a quantized model transformers would save all, and not the given state
+            model._keys_to_ignore_on_save = model.state_dict().keys() - state_dict.keys()
         self.save_whole(output_dir, state_dict)  # as ever after merge()
+        model._keys_to_ignore_on_save = before
 
     def check_loaded(self, result):
         """That the base is missing is as it should be."""
@@ -82,15 +86,3 @@ class MoveRanks(TrainerCallback):
         if wrong:
             raise ValueError(f"the checkpoint is of another model or adapter: {sorted(wrong)[:4]} "
                              "are missing in it, or unknown to the model")
-
-
-class Reference(torch.nn.Module):
-    """The base of a policy, without a second copy: DPOTrainer(model, Reference(model), ...)."""
-
-    def __init__(self, policy):
-        super().__init__()
-        self.policy, self.config = policy, policy.config
-
-    def __call__(self, **inputs):  # not forward(), which TRL replaces
-        with adapters_disabled(self.policy):
-            return self.policy(**inputs)
