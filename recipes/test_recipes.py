@@ -75,7 +75,7 @@ def build(rank=2, base=None, saved=()):
     return model
 
 
-def make(kind, folder, model, penalty=0.1, stock=transformers.Trainer, **settings):
+def make(kind, folder, model, schedule=None, stock=transformers.Trainer, **settings):
     """A trainer of 24 steps, and its callback; 8 rows a step, whatever the number of processes."""
     settings = dict(
         max_steps=24, per_device_train_batch_size=2, gradient_accumulation_steps=4,
@@ -97,7 +97,7 @@ def make(kind, folder, model, penalty=0.1, stock=transformers.Trainer, **setting
         arguments = getattr(trl, f"{kind}Config")(str(folder), **settings)
         trainer = getattr(trl, f"{kind}Trainer")(
             model, args=arguments, train_dataset=rows, processing_class=tokenizer(), **options)
-    moves = MoveRanks(trainer, penalty=penalty)
+    moves = MoveRanks(trainer, schedule=schedule)
     trainer.add_callback(moves)
     return trainer, moves
 
@@ -228,9 +228,10 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
         make("Trainer", tmp_path, build())[0].train(**resume)
 
 
-BEST = dict(eval_strategy="steps", eval_steps=6, save_steps=6, load_best_model_at_end=True,
+BEST = dict(schedule=RankSchedule(24, 2, 2, 2, 2, "constant"), learning_rate=0.5, bf16=True,
+            eval_strategy="steps", eval_steps=6, save_steps=6, load_best_model_at_end=True,
             metric_for_best_model="eval_loss", greater_is_better=True,  # which is an early one
-            bf16=True, gradient_checkpointing=True, learning_rate=0.5)
+            gradient_checkpointing=True)
 
 
 def test_the_best_checkpoint_is_loaded_with_its_ranks(tmp_path):
