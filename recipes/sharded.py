@@ -85,5 +85,4 @@ def merge_sharded(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, SVDLinear):
             model.set_submodule(name, module.base_layer)
-        module.__dict__.pop("elalora_saved", None)
     return model
