@@ -442,15 +442,16 @@ def merge(model: nn.Module) -> nn.Module:
 # ---- Saving, loading, exporting ----
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all that training changes: the factors and their scaling, whatever else is trained,
-    and the running statistics of batch norms."""
+    and the running statistics of batch norms. Names are those of the model inside its wrappers."""
     inner = _unwrapped(model)
-    parts = (*RANK_DIM, "scaling")
-    keys = {f"{name}.{part}".lstrip(".") for name in _adapted(inner) for part in parts}
-    keys |= {name for name, w in inner.named_parameters(remove_duplicate=False) if w.requires_grad}
-    whole = _trained_modules(inner)
-    state = {key: x for key, x in inner.state_dict().items() if key in keys or _is_in(key, whole)}
+    changed = [f"{name}.{part}" for name in _adapted(inner) for part in (*RANK_DIM, "scaling")]
+    changed += [name for name, w in inner.named_parameters(remove_duplicate=False)
+                if w.requires_grad]
+    changed = {_plain_name(name) for name in (*changed, *_trained_modules(inner))}
+    state = {_plain_name(key): x for key, x in inner.state_dict().items()}
+    state = {key: x.clone() for key, x in state.items() if _is_in(key, changed)}
     _check_whole(state.values())
-    return {key: x.clone() for key, x in state.items()}
+    return state
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -460,21 +461,20 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     change, if a tensor is missing, unknown or has a wrong shape.
     """
     inner = _unwrapped(model)
-    own = inner.state_dict()
+    own = {_plain_name(key): key for key in inner.state_dict()}
+    shapes = {_plain_name(key): x.shape for key, x in inner.state_dict().items()}
     wrong = (adapter_state_dict(inner).keys() - state.keys()) | (state.keys() - own.keys())
     _require(not wrong, f"missing in the state, or unknown to the model: {sorted(wrong)[:8]}")
-    shapes = {key: own[key].shape for key in state}
     for name, layer in inner.named_modules(remove_duplicate=False):
-        if not isinstance(layer, SVDLinear):
-            continue
-        rank = state[f"{name}.Lambda".lstrip(".")].numel()
-        _check_layer(repr(name), layer.base_layer, rank)
-        for factor, shape in _shapes(layer.base_layer, rank).items():
-            shapes[f"{name}.{factor}".lstrip(".")] = shape
-    for key, shape in shapes.items():
-        _require(state[key].shape == shape,
-                 f"{key} has shape {[*state[key].shape]}, the model needs {[*shape]}")
-    inner.load_state_dict(state, strict=False)
+        if isinstance(layer, SVDLinear):
+            rank = state[_plain_name(f"{name}.Lambda")].numel()
+            _check_layer(repr(name), layer.base_layer, rank)
+            for factor, shape in _shapes(layer.base_layer, rank).items():
+                shapes[_plain_name(f"{name}.{factor}")] = shape
+    for key, x in state.items():
+        _require(x.shape == shapes[key],
+                 f"{key} has shape {[*x.shape]}, the model needs {[*shapes[key]]}")
+    inner.load_state_dict({own[key]: x for key, x in state.items()}, strict=False)
 
 
 def _resize_to_load(layer: SVDLinear, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
@@ -564,7 +564,7 @@ def _check_names(layers: Mapping[str, SVDLinear], modules: Mapping[str, nn.Modul
                  whole: Sequence[str]) -> None:
     places = [name for name, module in modules.items() if isinstance(module, SVDLinear)]
     ends = tuple(f".{name}" for name in layers)
-    alike = [name for name in modules if name.endswith(ends)]
+    alike = [name for name in modules if name.endswith(ends) and name not in layers]
     inside = [name for name in layers if _is_in(name, whole)]
     _require("" not in layers and "" not in whole, "PEFT cannot name the model itself")
     _require(places == [*layers], f"PEFT cannot name {[*places]}: a layer stands in two places")
@@ -644,7 +644,7 @@ def _is_plain(layer: SVDLinear) -> bool:
 # ---- What RankAllocator reads and writes ----
 def _factors(allocator: RankAllocator) -> dict[str, nn.Parameter]:
     """Name -> parameter, for every factor."""
-    return {f"{name}.{factor}".lstrip("."): getattr(layer, factor)
+    return {f"{name}.{factor}": getattr(layer, factor)
             for name, layer in allocator.layers.items() for factor in RANK_DIM}
 
 
@@ -750,8 +750,8 @@ def _is_in(name: str, others: Iterable[str]) -> bool:
 
 
 def _plain_name(name: str) -> str:
-    """The name without the components that wrappers of modules add."""
-    wrappers = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+    """The name without the components that wrappers of modules add, and without an empty one."""
+    wrappers = ("", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
