@@ -3,10 +3,10 @@
 """ElaLoRA in one file: low-rank adapters whose ranks move to the matrices that need them.
 
 A frozen weight W0 is fine-tuned through W = W0 + scaling P diag(Lambda) Q. A rank is a column of P,
-its singular value in Lambda, and its row of Q. Every rank has a score: the smoothed sensitivity of
-the loss to its weights, times the uncertainty of that sensitivity. At scheduled steps the b ranks
-with the lowest scores are pruned, whichever matrices they are in. As many new ranks go to the
-matrices whose own lowest scores are the highest. So the sum of all ranks never changes.
+its singular value in Lambda, and its row of Q. Its score is the smoothed sensitivity of the loss to
+these weights, times the uncertainty of that sensitivity. At scheduled steps the b ranks with the
+lowest scores are pruned, in whichever matrices they are. As many new ranks go to the matrices whose
+weakest ranks have the highest scores. So the sum of all ranks never changes.
 
     inject(model, ["query", "value"], rank=4, modules_to_save=["classifier"])
     weights = [w for w in model.parameters() if w.requires_grad]
@@ -38,7 +38,6 @@ budget(t)       b^(t)           integer             ranks to prune and to add at
 k               k               integer             ranks pruned plus added per matrix, at most
 """
 
-import copy
 import json
 import math
 import tempfile
@@ -62,27 +61,24 @@ RANK_DIM = {"P": 1, "Lambda": 0, "Q": 0}  # the dimension of each factor that co
 class SVDLinear(nn.Module):
     """A frozen linear layer and its low-rank update, y = W0 x + bias + scaling P (Lambda * (Q x)).
 
-    Ours: P and Q start orthonormal, so R(P, Q) starts at 0. Lambda starts at 0, so the update does.
-    scaling is alpha / rank, or alpha / mean rank for the layers that inject() makes. It stays the
-    same when ranks move. Dropout acts on x before Q.
-
-    Raises ValueError if base_layer is not a linear layer, if rank is not an integer in
-    1..min(d_out, d_in), or if alpha or dropout is out of range.
+    Ours: P and Q start orthonormal, so R(P, Q) = 0. Lambda starts at 0, and so does the update.
+    scaling is alpha / rank; inject() sets it to alpha / mean rank. It stays the same when ranks
+    move. Dropout acts on x before Q. Raises ValueError if base_layer is not a linear layer, if rank
+    is not an integer in 1..min(d_out, d_in), or if alpha or dropout is out of range.
     """
-
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0,
                  generator: torch.Generator | None = None):
         super().__init__()
-        _check_layer("base_layer", base_layer, rank)
-        _check_numbers(alpha, dropout)
+        _check_layer("base_layer", base_layer, rank, alpha, dropout)
         device = base_layer.weight.device
         d_out, d_in = _sizes(base_layer)
-        nothing = torch.empty(0, dtype=torch.float32, device="cpu")
-        P, Q = new_ranks(nothing.view(d_out, 0), nothing.view(0, d_in), rank, generator)
-        self.P = nn.Parameter(P.to(device))  # (d_out, r)
+        no_P = torch.empty(d_out, 0, dtype=torch.float32, device="cpu")
+        P, Q = new_directions(no_P, no_P.new_empty(0, d_in), rank, generator)
+        self.P = nn.Parameter(P.contiguous().to(device))  # (d_out, r)
         self.Lambda = nn.Parameter(self.P.new_zeros(rank))  # (r,)
-        self.Q = nn.Parameter(Q.to(device))  # (r, d_in)
+        self.Q = nn.Parameter(Q.contiguous().to(device))  # (r, d_in)
         self.register_buffer("scaling", self.P.new_tensor(alpha / rank))
+        self.max_rank = min(d_out, d_in)
         self.dropout = nn.Dropout(dropout)
         self.base_layer = base_layer.requires_grad_(False)
         self.disabled = False  # see adapters_disabled()
@@ -111,9 +107,9 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
 
     Ours: it is the mean over the adapted matrices. Add it to the loss, weighted by 0.1.
     """
-    layers = _adapted(model).values()
+    layers = _adapted(model)
     same_shape = defaultdict(list)  # few large operations are faster than many small ones
-    for layer in layers:
+    for layer in layers.values():
         for rows in (layer.P.T, layer.Q):  # (r, d), to be orthonormal
             same_shape[rows.shape, rows.device].append(rows)
     R = []
@@ -132,8 +128,7 @@ def update_averages(w: Tensor, gradient: Tensor, I_bar: Tensor, U_bar: Tensor, b
     """Eq. 1 and 3: the next I_bar and U_bar of weights w; all have the shape of w.
 
     Algorithm 1 scores after the update: w is the new weight, the gradient is that at the old one.
-    A score is I_bar times U_bar, as in PLATON. So a weight whose sensitivity still fluctuates is
-    not called unimportant too early.
+    A score is I_bar * U_bar: weights whose use is uncertain are not pruned early (PLATON).
     """
     I = (w * gradient).abs()  # eq. 1
     I_bar = beta1 * I_bar + (1 - beta1) * I  # eq. 3
@@ -143,7 +138,7 @@ def update_averages(w: Tensor, gradient: Tensor, I_bar: Tensor, U_bar: Tensor, b
 
 # ---- Section 3.3: dynamic rank learning ----
 class Candidate(NamedTuple):
-    """A rank that may be pruned, or whose matrix may grow. Candidates sort by score first."""
+    """One of the k lowest ranks of a matrix. Sorts by score, then position, then index."""
     score: float
     position: int  # of the matrix in the model
     index: int  # of the rank in the matrix
@@ -163,29 +158,29 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
         3. prune          1 (A), 2 (B)                              b from the front
         4. grow           C and B                                   b from the back, one rank each
 
-    Ours: a matrix keeps min_rank ranks. A candidate that cannot go can still win growth, as C's
-    does. A matrix at its max_rank cannot grow. If fewer than b can go or grow, both numbers fall
-    alike. A candidate is pruned or retained, so a matrix loses and gains at most k ranks together.
-    Equal scores are ordered by matrix, then by index: pruning takes the first, growth the last.
+    Each candidate is pruned, or wins one rank, or neither: a matrix loses and gains at most k ranks
+    in sum. Ours: a matrix keeps min_rank ranks; one that is kept for this may still win a rank. No
+    matrix grows beyond its entry in max_ranks. If b moves are not possible, the largest possible
+    number is made. Of equal scores, pruning takes the first in the model, and growth the last.
     """
     candidates: list[Candidate] = []
     prunable: list[Candidate] = []
     for position, (name, S) in enumerate(scores.items()):
         ascending = sorted(Candidate(S_i, position, i, name) for i, S_i in enumerate(S))
         candidates += ascending[:k]  # step 1
-        prunable += ascending[: min(k, max(0, len(S) - min_rank))]
+        prunable += ascending[: min(k, max(0, len(S) - min_rank))]  # those above min_rank
     candidates.sort()  # step 2
     prunable.sort()
     for n in range(min(b, len(prunable)), 0, -1):
         pruned = prunable[:n]  # step 3
-        rank = Counter({name: len(S) for name, S in scores.items()})
-        rank.subtract(candidate.name for candidate in pruned)
+        ranks = Counter({name: len(S) for name, S in scores.items()})
+        ranks.subtract(candidate.name for candidate in pruned)
         grown: list[str] = []
         for candidate in reversed(candidates):  # step 4
             name = candidate.name
-            if len(grown) < n and candidate not in pruned and rank[name] < max_ranks[name]:
-                rank[name] += 1
+            if len(grown) < n and candidate not in pruned and ranks[name] < max_ranks[name]:
                 grown.append(name)
+                ranks[name] += 1
         if len(grown) == n:
             indices = defaultdict(list)
             for candidate in sorted(pruned, key=lambda candidate: candidate.index):
@@ -194,11 +189,11 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
     return {}, {}
 
 
-def new_ranks(P: Tensor, Q: Tensor, n: int, generator: torch.Generator | None
+def new_directions(P: Tensor, Q: Tensor, n: int, generator: torch.Generator | None
               ) -> tuple[Tensor, Tensor]:
     """n columns to append to P (d_out, r), and n rows to append to Q (r, d_in).
 
-    They are drawn rank by rank on the CPU, so the first of them do not depend on n or a device.
+    They are drawn rank by rank on the CPU: the first ones are the same for any n and any device.
     """
     if n == 0:
         return P[:, :0], Q[:0]
@@ -210,8 +205,8 @@ def new_ranks(P: Tensor, Q: Tensor, n: int, generator: torch.Generator | None
 
 
 def gram_schmidt(present: Tensor, drawn: Tensor) -> Tensor:
-    """Algorithm 1's: makes the drawn columns (d, n) orthonormal, and orthogonal to the present ones
-    (d, r). The present columns need not be orthonormal. r + n <= d."""
+    """Algorithm 1's Gram-Schmidt, by QR: makes the drawn columns (d, n) orthonormal, and orthogonal
+    to the present ones (d, r), whether or not these are orthonormal. r + n <= d."""
     device = "cpu" if present.device.type == "mps" else present.device  # MPS has no float64
     drawn = drawn.to(device, non_blocking=True)
     columns = torch.cat([present.to(device, torch.float64), drawn], dim=1)  # (d, r + n)
@@ -225,16 +220,15 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     """Keeps the given ranks of a layer, in that order, and appends n_new new ones.
 
     Ours: a new rank has a singular value of 0, so the output does not change. Parameters stay the
-    same objects. states is optimizer.state or {}: there, too, a retained rank keeps what it had,
-    and a new one has 0. Adam's step count stays, so the n-th update of a new rank can be as long as
-    (1 - 0.9^n) / (1 - 0.999^n)^0.5 learning rates, at most 6.6 (n = 12).
-
-    Raises ValueError, before any change, if keep is not distinct ranks, or if there is no room.
+    same objects. In states (optimizer.state, or {}) kept ranks keep their entries, new ranks get 0.
+    Adam's step count stays, so the first updates of a new rank are longer, up to 7.3 learning rates
+    (with the default betas). Raises ValueError, before any change, if keep is empty or not distinct
+    ranks, or if there is no room.
     """
     _check_resize(layer, keep, n_new)
     kept_P = _take(layer.P, keep, RANK_DIM["P"])  # (d_out, kept)
     kept_Q = _take(layer.Q, keep, RANK_DIM["Q"])  # (kept, d_in)
-    new_P, new_Q = new_ranks(kept_P, kept_Q, n_new, generator)
+    new_P, new_Q = new_directions(kept_P, kept_Q, n_new, generator)
     new = {"P": new_P, "Lambda": layer.Lambda.new_zeros(n_new), "Q": new_Q}
     for factor, dim in RANK_DIM.items():
         w = getattr(layer, factor)
@@ -243,7 +237,7 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
             zeros = torch.zeros_like(new[factor], dtype=state[key].dtype)
             state[key] = torch.cat([_take(state[key], keep, dim), zeros], dim)
         w.grad = None  # of the old shape
-        # Not through .data: the next backward would fail while an earlier graph still exists.
+        # set_(), not .data = ...: an earlier graph may still exist, and then .data would break it.
         w.set_(torch.cat([_take(w, keep, dim), new[factor]], dim))
 
 
@@ -258,13 +252,14 @@ SHAPES = {  # progress -> share of b
 
 @dataclass(frozen=True)
 class RankSchedule:
-    """The three phases of section 3.3 and b^(t) of section 3.4, in optimizer steps.
+    """Warm-up, search and stabilization (section 3.3), and b^(t) (section 3.4), in optimizer steps.
 
-    Raises ValueError if a number is out of range, or the phases do not fit into total_steps.
+    The search is the paper's dynamic rank adjustment. Raises ValueError if a number is out of
+    range, or if the phases do not fit into total_steps.
     """
     total_steps: int
-    warmup_steps: int  # ranks stay as they are in these first ...
-    stabilize_steps: int  # ... and in these last steps
+    warmup_steps: int  # the first steps, in which ranks stay as they are
+    stabilize_steps: int  # the last steps, in which ranks stay as they are
     adjust_interval: int  # the first adjustment is at warmup_steps + adjust_interval
     b: int  # b^(t) falls from here to 0; with b = 0 ranks never move
     shape: str = "cubic"
@@ -274,7 +269,7 @@ class RankSchedule:
 
     @property
     def search_end(self) -> int:
-        """The last step of the search. Stabilization follows."""
+        """The last step of the search."""
         return self.total_steps - self.stabilize_steps
 
     def budget(self, step: int) -> int:
@@ -300,12 +295,12 @@ class Adjustment:
 class RankAllocator:
     """Algorithm 1: moves ranks between the matrices of an injected model while it trains.
 
-    Its state is part of the optimizer's, so whatever saves and loads the optimizer resumes the
-    search. select() explains k and min_rank, update_averages() beta1 and beta2. The seed decides
-    new directions. Raises ValueError if a number is out of range, if the optimizer lacks weights of
-    an adapter, or if a factor is shorter than float32.
+    Step, I_bar and U_bar are in the optimizer's state. To resume, load the model (it has the ranks)
+    and then the optimizer. The betas are those of update_averages(), k and min_rank of select().
+    The seed decides new directions. A layer with a frozen factor keeps its ranks. Raises ValueError
+    if a number is out of range, if the optimizer lacks weights of an adapter, or if a factor is
+    coarser than float32.
     """
-
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
                  k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0,
                  min_rank: int = 1):
@@ -322,13 +317,12 @@ class RankAllocator:
     def step(self) -> Adjustment | None:
         """One iteration of Algorithm 1's loop; returns the adjustment, None where b^(t) = 0.
 
-        Call it once per optimizer step, after optimizer.step() and before zero_grad(). Ours: a step
-        with a gradient that is not finite changes no score, but it counts as a step, and ranks may
-        move at it. A layer of which a factor is frozen keeps its ranks.
-
-        Raises ValueError, before any rank moves, if the loss reaches no adapter, if all scores are
-        0, if parameters were replaced, or if the optimizer's state cannot be resized. Warns if the
-        loss reaches only some adapters, and after total_steps.
+        Call it once per optimizer step, after optimizer.step() and before zero_grad(). After an
+        adjustment, wrap the model anew in DistributedDataParallel, or gradients are not averaged.
+        Ours: a step with a gradient that is not finite counts, but changes no score. Raises
+        ValueError, before any rank moves, if the loss reaches no adapter, if all scores are 0, if
+        parameters were replaced, or if the optimizer's state cannot be resized. Warns if the loss
+        misses an adapter.
         """
         _check_step(self)
         t = self.t + 1
@@ -338,8 +332,8 @@ class RankAllocator:
         b = self.schedule.budget(t)
         if b == 0:
             return None
-        scores = _movable_scores(self)  # name -> S_i, in Python numbers
-        max_ranks = {name: min(_sizes(self.layers[name].base_layer)) for name in scores}
+        scores = _scores_on_host(self)  # name -> S_i; only here a step waits for the device
+        max_ranks = {name: self.layers[name].max_rank for name in scores}
         pruned, expanded = select(scores, max_ranks, self.k, b, self.min_rank)
         for name, layer in self.layers.items():
             if name in pruned or name in expanded:
@@ -377,27 +371,25 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
     Names match by whole components from the right: "output.dense" matches "layer.0.output.dense",
     and "k" never matches "block". rank is that of every matrix, or a map from names to ranks such
     as RankAllocator.ranks(). The modules_to_save, such as a new head, are trained in full. Cast the
-    model, and add tokens to it, before inject().
-
-    Torch's seed and a module's name decide where its P and Q start. A matrix with more ranks starts
-    with the same first ones, whichever other matrices are adapted.
+    model, and add tokens to it, before inject(). Torch's seed and a module's name decide where its
+    P and Q start, whichever other matrices are adapted. Warns if the model has stacked experts.
 
     Raises ValueError, before any change, if a name matches nothing, if a target is not a linear
     layer, lies in a saved module or shares its weight, if a number is out of range, if the rank map
-    names other modules, or if the model has adapters already. Warns of stacked experts.
+    names other modules, or if the model has adapters already.
     """
     inner = _unwrapped(model)
     targets = _matching(inner, target_modules, "target_modules")
     saved = _matching(inner, modules_to_save, "modules_to_save")
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
-    _check_injection(inner, targets, saved, ranks)
-    _check_numbers(alpha, dropout)
+    _check_injection(inner, targets, saved, ranks, alpha, dropout)
     seed = int(torch.randint(2**62, (), device="cpu"))
     layers: dict[nn.Module, SVDLinear] = {}
     for name, base_layer in targets.items():
         generator = torch.Generator("cpu").manual_seed(seed ^ zlib.crc32(name.encode()))
         layer = SVDLinear(base_layer, ranks[name], alpha, dropout, generator)
         layer.scaling.fill_(alpha * len(ranks) / sum(ranks.values()))
+        layer.train(base_layer.training)
         layers[base_layer] = layer
     inner.requires_grad_(False)
     for name, module in list(inner.named_modules(remove_duplicate=False)):
@@ -432,13 +424,14 @@ def merge(model: nn.Module) -> nn.Module:
     """
     layers = _adapted(model)
     for name, layer in layers.items():
-        _require(_is_plain(layer.base_layer), f"the weight of {name!r} is quantized, sharded, "
+        _require(_is_plain(layer), f"the weight of {name!r} is quantized, sharded, "
                  "parametrized or on the meta device; make it a plain one before merging")
     for layer in layers.values():
         base = layer.base_layer
-        unchanged = _turned(base, layer.delta_weight()) == 0  # adding 0 would turn -0.0 into 0.0
-        weight = torch.where(unchanged, base.weight, _updated_weight(layer))
-        base.weight = nn.Parameter(weight, False)  # a new one: others may hold the old one
+        delta = _turned(base, layer.delta_weight())
+        merged = (base.weight + delta).to(base.weight.dtype)
+        merged = torch.where(delta == 0, base.weight, merged)  # -0.0 + 0.0 would be 0.0
+        base.weight = nn.Parameter(merged, False)  # a new one: others may hold the old one
     inner = _unwrapped(model)
     for name, module in list(inner.named_modules(remove_duplicate=False)):
         if isinstance(module, SVDLinear) and name:
@@ -449,14 +442,16 @@ def merge(model: nn.Module) -> nn.Module:
 # ---- Saving, loading, exporting ----
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all that training changes: the factors and their scaling, whatever else is trained,
-    and the running statistics of batch norms."""
+    and the running statistics of batch norms. Names are those of the model inside its wrappers."""
     inner = _unwrapped(model)
-    keys = {_join(name, part) for name in _adapted(inner) for part in (*RANK_DIM, "scaling")}
-    keys |= {name for name, w in inner.named_parameters(remove_duplicate=False) if w.requires_grad}
-    whole = _trained_modules(inner)
-    state = {key: x for key, x in inner.state_dict().items() if key in keys or _is_in(key, whole)}
+    changed = [f"{name}.{part}" for name in _adapted(inner) for part in (*RANK_DIM, "scaling")]
+    changed += [name for name, w in inner.named_parameters(remove_duplicate=False)
+                if w.requires_grad]
+    changed = {_plain_name(name) for name in (*changed, *_trained_modules(inner))}
+    state = {_plain_name(key): x for key, x in inner.state_dict().items()}
+    state = {key: x.clone() for key, x in state.items() if _is_in(key, changed)}
     _check_whole(state.values())
-    return {key: x.clone() for key, x in state.items()}
+    return state
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -466,26 +461,27 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     change, if a tensor is missing, unknown or has a wrong shape.
     """
     inner = _unwrapped(model)
-    own = inner.state_dict()
+    own = {_plain_name(key): key for key in inner.state_dict()}
+    shapes = {_plain_name(key): x.shape for key, x in inner.state_dict().items()}
     wrong = (adapter_state_dict(inner).keys() - state.keys()) | (state.keys() - own.keys())
     _require(not wrong, f"missing in the state, or unknown to the model: {sorted(wrong)[:8]}")
-    shapes = {key: own[key].shape for key in state}
-    for name, layer in _adapted(inner).items():
-        rank = state[_join(name, "Lambda")].numel()
-        _check_layer(repr(name), layer.base_layer, rank)
-        for factor, shape in _shapes(layer.base_layer, rank).items():
-            shapes[_join(name, factor)] = shape
-    for key, shape in shapes.items():
-        _require(state[key].shape == shape,
-                 f"{key} has shape {[*state[key].shape]}, the model needs {[*shape]}")
-    inner.load_state_dict(state, strict=False)
+    for name, layer in inner.named_modules(remove_duplicate=False):
+        if isinstance(layer, SVDLinear):
+            rank = state[_plain_name(f"{name}.Lambda")].numel()
+            _check_layer(repr(name), layer.base_layer, rank)
+            for factor, shape in _shapes(layer.base_layer, rank).items():
+                shapes[_plain_name(f"{name}.{factor}")] = shape
+    for key, x in state.items():
+        _require(x.shape == shapes[key],
+                 f"{key} has shape {[*x.shape]}, the model needs {[*shapes[key]]}")
+    inner.load_state_dict({own[key]: x for key, x in state.items()}, strict=False)
 
 
 def _resize_to_load(layer: SVDLinear, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
     """Lets load_state_dict() restore any rank. Torch then refuses what does not fit."""
     given = {f: state[prefix + f].shape for f in RANK_DIM if prefix + f in state}
     rank = given.get("Lambda", layer.Lambda.shape).numel()
-    fits = given == _shapes(layer.base_layer, rank) and 1 <= rank <= min(_sizes(layer.base_layer))
+    fits = given == _shapes(layer.base_layer, rank) and 1 <= rank <= layer.max_rank
     for factor, shape in given.items() if fits else ():
         w = getattr(layer, factor)
         if w.shape != shape:
@@ -509,28 +505,28 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
     modules = dict(inner.named_modules(remove_duplicate=False))
     saved = _modules_to_save(inner)
     whole = [name for name in modules if name.endswith(tuple(saved))]  # as PEFT matches names
-    others = [name for name in modules if name.endswith(tuple(f".{n}" for n in layers))]
-    _check_names(layers, modules, whole, others)
+    _check_names(layers, modules, whole)
     first = next(iter(layers.values()))
     scaling = first.scaling.item()
     r = max(layer.rank for layer in layers.values())
     tensors = {}
     for name, layer in layers.items():
-        d_out, d_in = _sizes(layer.base_layer)
-        A = layer.Q.new_zeros(r, d_in)
-        B = layer.P.new_zeros(d_out, r)
-        A[: layer.rank] = layer.Q
-        B[:, : layer.rank] = layer.P * layer.Lambda * (layer.scaling / scaling)
+        missing = r - layer.rank
+        A = nn.functional.pad(layer.Q, (0, 0, 0, missing))  # (r, d_in)
+        B = layer.P * layer.Lambda * (layer.scaling / scaling)  # (d_out, rank)
+        B = nn.functional.pad(B, (0, missing))  # (d_out, r)
         tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
     for name in whole:
         tensors |= modules[name].state_dict(prefix=f"{name}.")
     tensors = {f"base_model.model.{_plain_name(key)}": x.contiguous().clone()
                for key, x in tensors.items()}
     kind = next(c for c in type(inner).__mro__ if "torch.distributed" not in c.__module__)  # FSDP's
+    is_causal_lm = kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
     config = dict(
-        peft_type="LORA", task_type=_task_type(inner, whole), r=r, lora_alpha=scaling * r,
-        lora_dropout=first.dropout.p, base_model_name_or_path=base_model_name,
-        target_modules=[_plain_name(name) for name in layers], exclude_modules=others or None,
+        peft_type="LORA", task_type="CAUSAL_LM" if is_causal_lm else None, r=r,
+        lora_alpha=scaling * r, lora_dropout=first.dropout.p,
+        base_model_name_or_path=base_model_name,
+        target_modules=[_plain_name(name) for name in layers],
         modules_to_save=[_plain_name(name) for name in saved] or None,
         fan_in_fan_out=any(_is_conv1d(layer.base_layer) for layer in layers.values()),
         auto_mapping=dict(base_model_class=kind.__name__, parent_library=kind.__module__))
@@ -541,16 +537,6 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
         Path(own, "adapter_config.json").write_text(json.dumps(config, indent=1))
         for file in ("adapter_model.safetensors", "adapter_config.json"):
             Path(own, file).replace(folder / file)
-
-
-def _task_type(model: nn.Module, whole: Sequence[str]) -> str | None:
-    """PEFT's, by which its classes and pipelines find out what a model is for."""
-    types = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        types["ForConditionalGeneration"] = "SEQ_2_SEQ_LM"
-    if any(name.endswith(("classifier", "score")) for name in whole):  # PEFT expects it in the file
-        types["ForSequenceClassification"] = "SEQ_CLS"
-    return next((t for end, t in types.items() if type(model).__name__.endswith(end)), None)
 
 
 def _trained_modules(model: nn.Module) -> list[str]:
@@ -575,15 +561,15 @@ def _modules_to_save(model: nn.Module) -> list[str]:
 
 
 def _check_names(layers: Mapping[str, SVDLinear], modules: Mapping[str, nn.Module],
-                 whole: Sequence[str], others: Sequence[str]) -> None:
+                 whole: Sequence[str]) -> None:
     places = [name for name, module in modules.items() if isinstance(module, SVDLinear)]
-    _require("" not in layers and "" not in whole and places == [*layers],
-             "PEFT cannot name what stands in two places, or is the model itself: "
-             f"{sorted({*places} - {*layers}) or 'a parameter of the model'}")
-    ends = tuple(f".{other}" for other in others)
-    clashes = [name for name in layers if _is_in(name, whole) or name.endswith(ends)]
-    _require(not clashes, f"PEFT cannot adapt {clashes}: they are in a module that is saved in "
-             "whole, or their names end like that of a layer that is not adapted")
+    ends = tuple(f".{name}" for name in layers)
+    alike = [name for name in modules if name.endswith(ends) and name not in layers]
+    inside = [name for name in layers if _is_in(name, whole)]
+    _require("" not in layers and "" not in whole, "PEFT cannot name the model itself")
+    _require(places == [*layers], f"PEFT cannot name {[*places]}: a layer stands in two places")
+    _require(not alike, f"PEFT would adapt {alike}, too: the name ends like an adapted one's")
+    _require(not inside, f"PEFT cannot adapt {inside}: PEFT saves the whole module around it")
 
 
 # ---- What other code reads and writes of a linear layer ----
@@ -602,7 +588,7 @@ def _updated_weight(layer: SVDLinear) -> Tensor:
     type and device can be read: computing with this weight raises ValueError."""
     base = layer.base_layer
     W0 = base.weight
-    if not _is_plain(base):
+    if not _is_plain(layer):
         return Tensor._make_wrapper_subclass(_NoNumbers, W0.shape, dtype=W0.dtype, device=W0.device)
     return W0 if layer.disabled else (W0 + _turned(base, layer.delta_weight())).to(W0.dtype)
 
@@ -643,18 +629,22 @@ def _shapes(base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
     return {"P": (d_out, rank), "Lambda": (rank,), "Q": (rank, d_in)}
 
 
-def _is_plain(base: nn.Module) -> bool:
-    """Whether the weight is a matrix of numbers that can be added to."""
-    weight = base._parameters.get("weight")  # weight_norm() takes it out of there
-    return (type(weight) is nn.Parameter and not weight.is_meta and weight.ndim == 2
-            and math.prod(_sizes(base)) == weight.numel() and weight.is_floating_point()
-            and weight.element_size() >= 2)  # float8 would need its scale
+def _is_plain(layer: SVDLinear) -> bool:
+    """Whether the base's weight is a matrix of numbers that can be added to."""
+    weight = layer.base_layer._parameters.get("weight")  # weight_norm() takes it out of there
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
+    if not plain or weight.element_size() < 2:  # float8 would need its scale
+        return False
+    delta = _turned(layer.base_layer, layer.P[:, :1] * layer.Q[:1])
+    _require(weight.shape == delta.shape, f"a base weight became {[*weight.shape]}, its update is "
+             f"{[*delta.shape]}; resize the model (add tokens) before inject()")
+    return True
 
 
 # ---- What RankAllocator reads and writes ----
 def _factors(allocator: RankAllocator) -> dict[str, nn.Parameter]:
     """Name -> parameter, for every factor."""
-    return {_join(name, factor): getattr(layer, factor)
+    return {f"{name}.{factor}": getattr(layer, factor)
             for name, layer in allocator.layers.items() for factor in RANK_DIM}
 
 
@@ -696,22 +686,23 @@ def _update_states(allocator: RankAllocator) -> None:
                 optimizer.state[w][key] = part.view_as(w)
 
 
-def _movable_scores(allocator: RankAllocator) -> dict[str, list[float]]:
-    """Module name -> S_i, of the layers whose factors are all trained. Only here a step waits."""
+def _scores_on_host(allocator: RankAllocator) -> dict[str, list[float]]:
+    """Module name -> S_i, of the layers whose factors are all trained."""
     _check_states(allocator)
     optimized = _optimized(allocator.optimizer)
     S = {}
     for name, importance in allocator.importance().items():
-        weights = [getattr(allocator.layers[name], factor) for factor in RANK_DIM]
-        if all(w.requires_grad and w in optimized for w in weights):
+        factors = allocator.layers[name].parameters(recurse=False)
+        if all(w.requires_grad and w in optimized for w in factors):
             S[name] = importance
-    device = next((importance.device for importance in S.values()), None)
-    numbers = _flat(importance.to(device) for importance in S.values()).tolist() if S else [1.0]
-    if not 0 < max(numbers) < math.inf:
-        raise ValueError(f"the highest score of all ranks is {max(numbers)}, it must be a positive "
-                         "number; call step() after optimizer.step() and before zero_grad()")
-    remaining = iter(numbers)
-    return {name: [next(remaining) for _ in importance] for name, importance in S.items()}
+    if not S:
+        return {}
+    device = next(iter(S.values())).device
+    numbers = _flat(importance.to(device) for importance in S.values()).cpu()
+    _require(0 < numbers.max() < math.inf, f"the highest score is {numbers.max():g}, it must be a "
+             "positive number; call step() after optimizer.step() and before zero_grad()")
+    parts = numbers.split([len(importance) for importance in S.values()])
+    return {name: part.tolist() for name, part in zip(S, parts)}
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -753,18 +744,14 @@ def _adapted(model: nn.Module) -> dict[str, SVDLinear]:
     return layers
 
 
-def _join(name: str, part: str) -> str:
-    return f"{name}.{part}" if name else part  # no name: the model itself
-
-
 def _is_in(name: str, others: Iterable[str]) -> bool:
     """Whether a name is one of the others, or within one."""
     return f"{name}.".startswith(tuple(f"{other}." for other in others))
 
 
 def _plain_name(name: str) -> str:
-    """The name without the components that wrappers of modules add."""
-    wrappers = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+    """The name without the components that wrappers of modules add, and without an empty one."""
+    wrappers = ("", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
@@ -772,28 +759,28 @@ def _matching(model: nn.Module, names: Sequence[str], argument: str) -> dict[str
     """The modules that the names match, by whole components from the right."""
     _require(not isinstance(names, str), f"{argument} must be a list, got the string {names!r}")
     modules = dict(model.named_modules())
-    linear = _last_parts(name for name, m in modules.items() if isinstance(m, nn.Linear))
-    experts = _last_parts(_stacked(model))
-    stacked = f"; stacked in 3 dimensions, and not adaptable, are {experts}" if experts else ""
+    linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)}
+    stacked = {name.rpartition(".")[2] for name in _stacked(model)}
+    hint = f"linear layers end in {', '.join(sorted(linear)[:12])}"
+    if stacked:
+        hint += f"; {', '.join(sorted(stacked))} are stacked in 3 dimensions, not to be adapted"
     found = set()
     for wanted in names:
         matches = {name for name in modules if name and f".{name}".endswith(f".{wanted}")}
-        _require(bool(matches), f"{argument}: {wanted!r} matches no module (it is a name, no "
-                 f"pattern); linear layers end in {linear[:12]}{stacked}")
+        _require(bool(matches),
+                 f"{argument}: {wanted!r} matches no module (it is a name, no pattern); {hint}")
         found |= matches
     return {name: module for name, module in modules.items() if name in found}
 
 
-def _last_parts(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
-
-
 def _stacked(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of three dimensions, as the experts of Mixtral and Qwen3-MoE are."""
-    return {_join(name, part): w
-            for name, module in model.named_modules()
-            for part, w in module.named_parameters(recurse=False)
-            if w.ndim == 3 and len(w) > 1 and not isinstance(module, nn.modules.conv._ConvNd)}
+    stacked = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            own = module.named_parameters(name, recurse=False)
+            stacked |= {full: w for full, w in own if w.ndim == 3 and len(w) > 1}
+    return stacked
 
 
 # ---- Checks of input ----
@@ -802,24 +789,30 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_numbers(alpha: float, dropout: float) -> None:
-    _require(0 < alpha < math.inf, f"alpha must be a positive number, got {alpha!r}")
-    _require(0 <= dropout < 1, f"dropout must be in [0, 1), got {dropout!r}")
+def _check_integers(owner: object, **least: int) -> None:
+    for name, minimum in least.items():
+        value = getattr(owner, name)
+        _require(type(value) is int and value >= minimum,  # bools are refused, too
+                 f"{name} must be an integer >= {minimum}, got {value!r}")
 
 
-def _check_layer(name: str, layer: nn.Module, rank: int) -> None:
+def _check_layer(name: str, layer: nn.Module, rank: int, alpha: float = 1, dropout: float = 0
+                 ) -> None:
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     _require(isinstance(layer, nn.Linear) or _is_conv1d(layer),
              f"{name} must be a torch.nn.Linear, not a {kind}")
     _require(layer.weight.dim() == 2, f"{name} is in flat shards (FSDP 1, ZeRO-3); use FSDP 2: "
              "fully_shard(module, ignored_params=what is trained)")
     limit = min(_sizes(layer))
-    _require(type(rank) is int and 1 <= rank <= limit,  # bools are refused, too
+    _require(type(rank) is int and 1 <= rank <= limit,
              f"the rank of {name} must be an integer in 1..{limit}, got {rank!r}")
+    _require(0 < alpha < math.inf, f"alpha must be a positive number, got {alpha!r}")
+    _require(0 <= dropout < 1, f"dropout must be in [0, 1), got {dropout!r}")
 
 
 def _check_injection(model: nn.Module, targets: Mapping[str, nn.Module],
-                     saved: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> None:
+                     saved: Mapping[str, nn.Module], ranks: Mapping[str, int], alpha: float,
+                     dropout: float) -> None:
     for module in model.modules():
         _require(not isinstance(module, SVDLinear),
                  "the model is adapted already; merge() it, or load it again")
@@ -829,7 +822,7 @@ def _check_injection(model: nn.Module, targets: Mapping[str, nn.Module],
              f"no targets, or the rank map names other modules: {sorted(ranks.keys() ^ targets)}")
     trained = {w for module in saved.values() for w in module.parameters()}
     for name, module in targets.items():
-        _check_layer(repr(name), module, ranks[name])
+        _check_layer(repr(name), module, ranks[name], alpha, dropout)
         _require(not module.weight.is_meta, f"the weight of {name!r} is on the meta device: it was "
                  "offloaded, or not loaded yet; load the whole model first")
         _require(trained.isdisjoint(module.parameters()), f"{name!r} would be both adapted and "
@@ -854,11 +847,8 @@ def _check_resize(layer: SVDLinear, keep: Sequence[int], n_new: int) -> None:
 
 
 def _check_schedule(schedule: RankSchedule) -> None:
-    least = dict(total_steps=1, warmup_steps=0, stabilize_steps=0, adjust_interval=1, b=0)
-    for name, minimum in least.items():
-        value = getattr(schedule, name)
-        _require(type(value) is int and value >= minimum,
-                 f"{name} must be an integer >= {minimum}, got {value!r}")
+    _check_integers(
+        schedule, total_steps=1, warmup_steps=0, stabilize_steps=0, adjust_interval=1, b=0)
     _require(schedule.warmup_steps + schedule.adjust_interval <= schedule.search_end,
              f"total_steps must hold warm-up, an interval, stabilization: {schedule}")
     _require(schedule.shape in SHAPES,
@@ -866,13 +856,12 @@ def _check_schedule(schedule: RankSchedule) -> None:
 
 
 def _check_allocator(allocator: RankAllocator) -> None:
-    for name in ("k", "min_rank"):
-        value = getattr(allocator, name)
-        _require(type(value) is int and value >= 1,
-                 f"{name} must be an integer >= 1, got {value!r}")
-    for name in ("beta1", "beta2"):
-        value = getattr(allocator, name)
-        _require(0 < value < 1, f"{name} must be in (0, 1), got {value!r}")
+    _check_integers(allocator, k=1, min_rank=1)
+    for beta in (allocator.beta1, allocator.beta2):
+        _require(0 < beta < 1, f"beta1 and beta2 must be in (0, 1), got {beta!r}")
+    groups = allocator.optimizer.param_groups
+    _require(not any(group.get("initial_accumulator_value") for group in groups),
+             "initial_accumulator_value must be 0: new ranks start with it")
     optimized = _optimized(allocator.optimizer)
     _check_whole(optimized)
     for name, w in _factors(allocator).items():
@@ -901,18 +890,14 @@ def _check_step(allocator: RankAllocator) -> None:
                  f"{[*average.shape]}: ranks were loaded without the optimizer's state")
     if t == 0:
         _check_states(allocator)
-        _check_reach(allocator)
-
-
-def _check_reach(allocator: RankAllocator) -> None:
-    """Lambda has a gradient from the loss alone. P and Q have one from the penalty, too."""
-    trained = {n: layer for n, layer in allocator.layers.items() if layer.Lambda.requires_grad}
-    missed = [name for name, layer in trained.items() if layer.Lambda.grad is None]
-    _require(len(missed) < len(trained) or not missed, "the loss reaches no adapter: no Lambda has "
-             "a gradient. With reentrant checkpointing, pass use_reentrant=False")
-    if missed:
-        warnings.warn(f"the loss does not reach {len(missed)} of {len(trained)} adapters, such as "
-                      f"{missed[0]!r}; is this layer called?", stacklevel=4)
+        # Lambda has a gradient from the loss alone; P and Q have one from the penalty, too.
+        Lambdas = {name: w for name, w in factors.items() if w.ndim == 1 and w.requires_grad}
+        missed = [name for name, w in Lambdas.items() if w.grad is None]
+        if missed:
+            _require(len(missed) < len(Lambdas), "the loss reaches no adapter: no Lambda has a "
+                     "gradient. With reentrant checkpointing, pass use_reentrant=False")
+            warnings.warn(f"the loss reaches {len(Lambdas) - len(missed)} of {len(Lambdas)} "
+                          f"adapters, but not {missed[0]!r}: is it called?", stacklevel=3)
 
 
 FRESH_AT_ZERO = {  # what is 0 for a weight before its first update, by the optimizer that has it

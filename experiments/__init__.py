@@ -1,6 +1,6 @@
-"""The paper's experiments, one file for each topic; reproduce.py trains them.
+"""The paper's experiments, one file for each topic; reproduce.py makes the runs.
 
-Imports go one way: problem <- planted, glue, xsum, vtab, baselines <- reproduce.py <- benchmark;
-report reads what a run wrote and imports none of them. A family of problems has a table RECIPES,
-task -> rank -> Recipe, and a function problem(config, recipe) -> Problem.
+Imports go one way: reproduce -> training -> methods -> problem -> tables, and benchmark -> training.
+A family of problems (planted, glue, xsum, vtab) imports data and problem, and has a function
+problem(config, recipe) -> Problem. report -> figures read what a run wrote, and import no torch.
 """

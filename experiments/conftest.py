@@ -1,4 +1,4 @@
-"""What the tests of the experiments share: a tiny model and data, short runs, subprocesses."""
+"""What the tests of the experiments share: a tiny world for every family, short runs, processes."""
 
 import json
 import os
@@ -13,13 +13,18 @@ os.environ.update({name: str(Path(HOME.name, folder)) for name, folder in caches
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import datasets
+import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import settings
 
 import reproduce
-from experiments import benchmark, glue, planted
-from experiments.problem import Config, Recipe, trained
+from experiments import planted, xsum
+from experiments.methods import METHODS
+from experiments.problem import trained
+from experiments.tables import FAMILIES, Config, fit_phases, recipe_of
+from experiments.training import make_problem, train
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
@@ -29,22 +34,34 @@ settings.load_profile("laws")
 
 
 def pytest_configure(config):
-    warning = "ignore:`is_gradient_checkpointing` is deprecated"  # PEFT asks transformers for it
-    config.addinivalue_line("filterwarnings", warning)
+    for warning in (
+        "`is_gradient_checkpointing` is deprecated",  # PEFT asks transformers for it
+        "The following rank_pattern keys",  # by PEFT, of AdaLoRA's own
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{warning}")
 
 
 def array(tensor):
     return tensor.detach().cpu().double().numpy()
 
 
-# ---- A tiny model and tiny data ----
-TINY = dict(
+# ---- A tiny world: for every family a model, and data laid out as on the hub ----
+DEBERTA = dict(
     model_type="deberta-v2", hidden_size=16, intermediate_size=32, num_hidden_layers=2,
     num_attention_heads=2, vocab_size=64, relative_attention=True, position_buckets=16,
     pos_att_type="p2c|c2p", norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0,
     position_biased_input=False,
 )  # fmt: skip
-ROWS, DEV_ROWS = 200, 40
+BART = dict(
+    d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+    decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=256,
+)  # fmt: skip
+VISION = dict(
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+    image_size=16, patch_size=8,
+)  # fmt: skip
+WORDS = "the a cat dog sat ran on under mat house red blue".split()
+ROWS, DEV_ROWS = 96, 40
 
 
 def train_sentencepiece(text, prefix, **arguments):
@@ -59,136 +76,173 @@ def train_sentencepiece(text, prefix, **arguments):
     )
 
 
-def write_glue(root, **tasks):
-    """A folder laid out like nyu-mll/glue on the hub: task -> split -> rows."""
+def write_parquet(path, rows):
     import pyarrow
     import pyarrow.parquet
 
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def write_glue(root, **tasks):
+    """A folder laid out like nyu-mll/glue on the hub: task -> split -> rows."""
     lines = ["---", "configs:"]
     for task, splits in tasks.items():
-        (root / task).mkdir(parents=True)
         lines += [f"- config_name: {task}", "  data_files:"]
         for split, rows in splits.items():
-            path = root / task / f"{split}-00000-of-00001.parquet"
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+            write_parquet(root / task / f"{split}-00000-of-00001.parquet", rows)
             lines += [f"  - split: {split}", f"    path: {task}/{split}-*"]
     (root / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
-def rte_rows(n):
+def sentences(n, least, most, seed=0):
+    random = np.random.default_rng(seed)
+    return [" ".join(random.choice(WORDS, random.integers(least, most))) for _ in range(n)]
+
+
+def glue_rows(n):
     """Pairs of random sentences of unlike length; the label is 1 where the first has 'red'."""
-    generator = torch.Generator().manual_seed(0)
-    words = "the a cat dog sat ran on under mat house red blue".split()
+    pairs = zip(sentences(n, 4, 8), sentences(n, 2, 6, seed=1))
+    return [dict(sentence1=a, sentence2=b, label=int("red" in a)) for a, b in pairs]
 
-    def sentence(least):
-        length = least + int(torch.randint(4, (), generator=generator))
-        return " ".join(words[i] for i in torch.randint(12, (length,), generator=generator))
 
-    pairs = [(sentence(4), sentence(2)) for _ in range(n)]
-    return [
-        dict(sentence1=a, sentence2=b, label=int("red" in a), idx=i)
-        for i, (a, b) in enumerate(pairs)
-    ]
+def make_deberta(folder):
+    """Stored as microsoft/deberta-v3-base is: float16, no head, no tokenizer.json."""
+    folder.mkdir()
+    (folder / "text").write_text("\n".join(sentences(200, 4, 8)))
+    train_sentencepiece(folder / "text", folder / "spm", vocab_size=40, hard_vocab_limit=False)
+    (folder / "config.json").write_text(json.dumps(DEBERTA))
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    config = transformers.DebertaV2Config(**DEBERTA | {"model_type": None})
+    state = transformers.DebertaV2ForSequenceClassification(config).state_dict()
+    encoder = {key: w.half() for key, w in state.items() if key.startswith("deberta.")}
+    torch.save(encoder, folder / "pytorch_model.bin")
+
+
+def make_bart(folder):
+    import tokenizers
+
+    folder.mkdir()
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    bpe.train_from_iterator([" ".join(WORDS)] * 20, vocab_size=300, special_tokens=special)
+    bpe.save_model(str(folder))
+    config = transformers.BartConfig(vocab_size=bpe.get_vocab_size(), **BART)
+    transformers.BartForConditionalGeneration(config).save_pretrained(folder)
+    transformers.BartTokenizer.from_pretrained(folder).save_pretrained(folder)
+
+
+def make_images(folder, split, n):
+    """Pictures of three classes, by the part of them that is bright, and their list."""
+    from PIL import Image
+
+    random, lines = np.random.default_rng(n), []
+    (folder / "images" / split).mkdir(parents=True)
+    for i in range(n):
+        pixels = random.integers(0, 99, (20, 20, 3)).astype(np.uint8)
+        bright = (pixels[:10], pixels[10:], pixels[:, :10])[i % 3]
+        bright += 150
+        name = f"images/{split}/{i:03}.{('png', 'jpg')[i % 2]}"
+        Image.fromarray(pixels).save(folder / name)
+        lines.append(f"{name} {i % 3}\n")
+    (folder / f"{split}.txt").write_text("".join(lines))
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A folder with deberta/, a model like microsoft/deberta-v3-base, and glue/, RTE and STS-B."""
-    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
-
-    root = tmp_path_factory.mktemp("tiny")
-    model, rows = root / "deberta", rte_rows(ROWS)
-    model.mkdir()
-    (root / "text").write_text("\n".join(row["sentence1"] for row in rows))
-    train_sentencepiece(root / "text", model / "spm", vocab_size=40, hard_vocab_limit=False)
-    (model / "spm.vocab").unlink()
-    (model / "config.json").write_text(json.dumps(TINY))
-    (model / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+def world(tmp_path_factory):
+    """A folder with the models deberta/, bart/, vit/ and the data glue/, xsum/, vtab/."""
+    root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    net = DebertaV2ForSequenceClassification(DebertaV2Config(**{**TINY, "model_type": None}))
-    encoder = {k: v.half() for k, v in net.state_dict().items() if k.startswith("deberta.")}
-    torch.save(encoder, model / "pytorch_model.bin")
-    scored = [dict(row, label=row["sentence1"].count("a") / 2) for row in rows]
-    write_glue(
-        root / "glue",
-        rte=dict(train=rows, validation=rows[:DEV_ROWS]),
-        stsb=dict(train=scored, validation=scored[:DEV_ROWS]),
-    )
+    make_deberta(root / "deberta")
+    rows = glue_rows(ROWS)
+    scored = [row | dict(label=row["sentence1"].count("a") / 2) for row in rows]
+    write_glue(root / "glue", rte=dict(train=rows, validation=rows[:DEV_ROWS]),
+               stsb=dict(train=scored, validation=scored[:DEV_ROWS]))  # fmt: skip
+    make_bart(root / "bart")
+    for split, n in (("train", 26), ("validation", 9), ("test", 7)):
+        articles = zip(*(sentences(n, 3, 12, seed) for seed in range(3)))
+        rows = [dict(document="\n".join(a), summary=a[0].replace("the", "a")) for a in articles]
+        write_parquet(root / "xsum/data" / f"{split}-00000-of-00001.parquet", rows)
+    transformers.ViTModel(transformers.ViTConfig(**VISION)).save_pretrained(root / "vit")
+    transformers.ViTImageProcessorPil(size=dict(height=16, width=16)).save_pretrained(root / "vit")
+    for split, n in (("train800", 24), ("val200", 6), ("test", 9)):
+        make_images(root / "vtab/vtab-1k/cifar", split, n)
     return root
 
 
-def arguments_of(tiny, task="rte"):
-    """Of the command line, for a run on tiny data."""
-    return ["--task", task, "--model", str(tiny / "deberta"), "--data-dir", str(tiny / "glue")]
-
-
-def tiny_config(tiny, **arguments):
-    arguments = dict(task="rte", method="elalora", rank=2, seed=0, dtype="float32") | arguments
-    return Config(model=str(tiny / "deberta"), data_dir=str(tiny / "glue"), **arguments)
-
-
-def tiny_problem(tiny, **arguments):
-    config = tiny_config(tiny, **arguments)
-    return glue.problem(config, glue.RECIPES[config.task][2])
-
-
-# ---- Short runs ----
-@pytest.fixture
-def small_planted(monkeypatch):
-    """Makes the planted problem two layers, and a run of it 4 epochs of 10 steps.
-
-    Returns a function of a method and settings, which gives problem, configuration and recipe.
-    """
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Two layers of planted matrices, 10 steps an epoch; summaries of at most 12 tokens."""
     two_layers = {name: r for name, r in [*planted.PLANTED.items()][:12]}
     monkeypatch.setattr(planted, "PLANTED", two_layers)
     monkeypatch.setattr(planted, "STEPS_PER_EPOCH", 10)
-    row = dict(epochs=4, warmup=6, stabilize=12, interval=2, b=3, k=1)
-    monkeypatch.setitem(planted.RECIPES, "planted", {4: Recipe(32, 2e-2, **row)})
-
-    def small(method="elalora", targets=("",), **settings):
-        recipe = Recipe(32, 2e-2, **row | settings)
-        config = Config("planted", method, rank=4, seed=0, targets=[*targets])
-        torch.manual_seed(0)
-        return planted.problem(config, recipe), config, recipe
-
-    return small
+    monkeypatch.setattr(xsum, "SUMMARY_TOKENS", 12)
 
 
-def prepared(method, tiny, total=20, **settings):
-    """A problem of random tokens and its training, of which the last two steps keep the ranks."""
-    recipe = Recipe(8, 1e-2, 1, 2, 2, 4, 4, 1, **settings)
-    config = tiny_config(tiny, method=method)
-    torch.manual_seed(0)
-    problem = benchmark.random_tokens(config, recipe)
-    problem.steps_per_epoch = total
-    return problem, reproduce.prepare(problem, config, recipe)
+# ---- Short runs ----
+PLACES = {"planted": (), **dict.fromkeys(("rte", "stsb", "sst2_heldout"), ("deberta", "glue")),
+          "xsum": ("bart", "xsum"), "cifar": ("vit", "vtab")}  # fmt: skip
+BATCH = {"planted": 32, "xsum": 8, "cifar": 8}  # of others 16
+RATE = {"xsum": 0.05, "cifar": 0.01}  # of others 0.02
+FAMILY_TASKS = ("planted", "rte", "xsum", "cifar")  # one task of each family
+assert len(FAMILY_TASKS) == len(FAMILIES)
 
 
-# ---- The command ----
-def end_of(make, checkpoint, stops=()):
-    """Weights, ranks and log of a run that is interrupted in the third step of some epochs, and
-    each time made and trained again; make() gives (problem, config, recipe)."""
+def config_of(world, task, method="elalora", settings=(), **changes):
+    """A run of 4 epochs, in which ranks move often."""
+    changes = dict(rank=3, seed=0, epochs=4) | changes
+    words = [f"batch_size={BATCH.get(task, 16)}", f"learning_rate={RATE.get(task, 0.02)}"]
+    words += ["b=4", "k=2", *settings]
+    if PLACES[task]:
+        model, data = (str(world / name) for name in PLACES[task])
+        changes = dict(model=model, data_dir=data, dtype="float32") | changes
+    return Config(task, method, set=sorted(words), **changes)
 
-    def until(batches, last):
-        for step, batch in enumerate(batches, 1):
-            if step == last:
+
+def arguments_of(config):
+    """The command line of such a run."""
+    words = ["--task", config.task, "--method", config.method, "--rank", str(config.rank),
+             "--seeds", str(config.seed), "--epochs", str(config.epochs)]  # fmt: skip
+    if config.model:
+        words += ["--model", config.model, "--data-dir", config.data_dir]
+    return [*words, "--set", *config.set]
+
+
+def make(config, ranks=None):
+    """A problem and a method, as reproduce.run() makes them."""
+    transformers.set_seed(config.seed)
+    recipe = recipe_of(config)
+    problem = make_problem(config, recipe)
+    recipe = fit_phases(recipe, config, recipe.epochs * problem.steps_per_epoch)
+    return problem, METHODS[config.method](problem, config, recipe, ranks)
+
+
+def weights_of(problem):
+    return {name: w.detach().clone() for name, w in trained(problem.model).items()}
+
+
+def end_of(config, checkpoint, stop=None):
+    """Problem, method and log of a run that was interrupted in the second step of an epoch, and
+    then made and trained again."""
+    problem, method = make(config)
+    batches = problem.batches
+
+    def interrupted(epoch):
+        for step, batch in enumerate(batches(epoch), 1):
+            if (epoch, step) == (stop, 2):
                 raise KeyboardInterrupt
             yield batch
 
-    for stop in stops:
-        problem, config, recipe = make()
-        batches = problem.batches
-        problem.batches = lambda epoch: until(batches(epoch), 3 if epoch == stop else 0)  # noqa: B023
+    if stop:
+        problem.batches = interrupted
         with pytest.raises(KeyboardInterrupt):
-            reproduce.train(problem, config, recipe, None, checkpoint)
+            train(problem, method, config, checkpoint)
         assert len(torch.load(checkpoint)["log"]["history"]) == stop - 1
-    problem, config, recipe = make()
-    allocator, log = reproduce.train(problem, config, recipe, None, checkpoint)
-    del log["seconds"]
-    weights = {name: w.tolist() for name, w in trained(problem.model).items()}
-    return weights, allocator.ranks(), log
+        problem, method = make(config)
+    return problem, method, train(problem, method, config, checkpoint)
 
 
+# ---- The command ----
 @pytest.fixture
 def refusal(monkeypatch, tmp_path, capsys):
     """The last line that a command of bad arguments prints to stderr, where it wrote nothing."""

@@ -1,4 +1,4 @@
-"""Section 4.2: an encoder, DeBERTaV3-base in the paper, on a task of GLUE (Tables 2 and 7)."""
+"""Section 4.2: an encoder, DeBERTaV3-base in the paper, on a task of GLUE (Table 2)."""
 
 import functools
 import itertools
@@ -7,17 +7,17 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import transformers
 from torch import nn
 
-from experiments.common import (
+from experiments.data import (
     by_length, epoch_batches, guesses, hold_out, load_splits, matrices, mean_loss, predictions,
     pretrained, some)
-from experiments.problem import DEVICE, Config, Problem, Recipe, by_rank
+from experiments.problem import DEVICE, Problem
+from experiments.tables import Config, Recipe
 
 HUB, MAX_TOKENS, EVALUATION_BATCH = "nyu-mll/glue", 256, 64
 
@@ -44,25 +44,6 @@ TASKS = {
 TASKS["sst2_heldout"] = TASKS["sst2"]  # evaluated on 18,000 phrases of the training split
 HELD_OUT, FOR_CHOOSING = 20_000, 2_000  # by hold_out_sentences()
 
-# batch size, learning rate, epochs, warm-up, stabilization, interval; at ranks 2, 4 and 10: b, k
-# and ElaLoRA's result in percent
-TABLE_7 = {
-    "mnli": (64, 5e-4, 5, 5000, 10000, 500, (1, 2, 4), (1, 1, 2), (89.32, 89.44, 89.51)),
-    "sst2": (64, 8e-4, 20, 3000, 10000, 500, (1, 2, 4), (1, 1, 2), (95.53, 95.64, 95.87)),
-    "cola": (64, 8e-4, 20, 300, 1500, 50, (1, 2, 4), (1, 1, 2), (67.38, 70.15, 70.19)),
-    "qqp": (128, 4e-4, 5, 3000, 5000, 100, (1, 2, 4), (1, 1, 2), (91.21, 91.26, 91.42)),
-    "qnli": (64, 5e-4, 5, 2000, 2000, 200, (1, 2, 4), (1, 1, 2), (93.70, 94.44, 94.36)),
-    "rte": (64, 1.2e-3, 50, 300, 500, 50, (1, 4, 8), (1, 2, 4), (85.92, 87.36, 88.81)),
-    "mrpc": (64, 5e-4, 30, 300, 400, 50, (2, 2, 4), (1, 1, 2), (90.44, 90.44, 88.98)),
-    "stsb": (64, 5e-3, 25, 300, 300, 150, (3, 4, 8), (1, 2, 4), (90.61, 91.10, 91.59)),
-}
-RECIPES = {
-    task: by_rank((2, 4, 10), *numbers, b=b, k=k,
-                  paper=[{TASKS[task].metrics[0]: percent / 100} for percent in results])
-    for task, (*numbers, b, k, results) in TABLE_7.items()}
-RECIPES["sst2_heldout"] = {rank: replace(r, paper={}) for rank, r in RECIPES["sst2"].items()}
-
-
 def character_map(tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[[str], str]:
     """SentencePiece's own normalization, which transformers 5 leaves out of DebertaV2Tokenizer."""
     file = str(getattr(tokenizer, "vocab_file", None))
@@ -74,7 +55,7 @@ def character_map(tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[[
 
 
 def check_labels(labels: Sequence[float], task: Task, where: str) -> None:
-    """Raises ValueError for a label that is none of the task's."""
+    """Raises ValueError for a label that the task does not have."""
     for label in labels:
         if not (math.isfinite(label) if task.labels == 1 else label in range(task.labels)):
             right = "a number" if task.labels == 1 else f"one of 0 to {task.labels - 1}"
@@ -92,7 +73,8 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
         raise ValueError(f"--model: the tokenizer of {model} has no pad token, which batches need")
     mapped = character_map(tokenizer)
     for split, rows in zip(splits, loaded):
-        check_labels(labels := list(rows["label"]), task, f"{data_dir or HUB}, {name}, {split}")
+        labels = list(rows["label"])
+        check_labels(labels, task, f"{data_dir or HUB}, {name}, {split}")
         texts = [[mapped(text) for text in rows[column]] for column in task.texts]
         encoding = tokenizer(*texts, truncation=True, max_length=MAX_TOKENS)
         columns = {**encoding, "labels": labels}

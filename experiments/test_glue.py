@@ -1,8 +1,5 @@
-"""The laws of experiments/glue.py: Table 7, texts and labels, metrics."""
+"""The laws of experiments/glue.py: texts and labels, metrics, what is held out."""
 
-import itertools
-import os
-from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,30 +9,22 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from elalora import RankSchedule
-from experiments import common, glue
-from experiments.conftest import ROWS, tiny_problem, train_sentencepiece, write_glue
-from experiments.problem import DEVICE, Config
-
-TRAIN_SIZES = dict(
-    mnli=392702, sst2=67349, cola=8551, qqp=363846, qnli=104743, rte=2490, mrpc=3668, stsb=5749
-)
+from experiments import data, glue
+from experiments.conftest import (
+    ROWS, config_of, make_problem, train_sentencepiece, write_glue,
+)  # fmt: skip
+from experiments.problem import DEVICE
+from experiments.tables import Config, recipe_of
 
 
-@pytest.mark.parametrize("task", TRAIN_SIZES)
-def test_every_row_of_table_7_searches(task):
-    """With the task's real size the first budget is b, and the last adjustment is in time."""
-    assert [*glue.RECIPES[task]] == [2, 4, 10]
-    for recipe in glue.RECIPES[task].values():
-        total = recipe.epochs * -(-TRAIN_SIZES[task] // recipe.batch_size)
-        schedule = RankSchedule(
-            total, recipe.warmup, recipe.stabilize, recipe.interval, recipe.b, recipe.shape
-        )
-        moves = {t: schedule.budget(t) for t in range(1, total + 1) if schedule.budget(t)}
-        assert min(moves) == recipe.warmup + recipe.interval and moves[min(moves)] == recipe.b
-        assert max(moves) <= total - recipe.stabilize
-        first = Fraction(recipe.interval, total - recipe.stabilize - recipe.warmup)
-        assert recipe.b * first**3 < Fraction(1, 2)
+def problem_of(world, task="rte", **changes):
+    config = config_of(world, task, **changes)
+    return make_problem(config, recipe_of(config))
+
+
+def examples_of(world):
+    """What pads, and the splits of RTE."""
+    return glue.load_examples("rte", str(world / "glue"), str(world / "deberta"))
 
 
 # ---- Texts ----
@@ -64,20 +53,14 @@ def deberta_tokenizer(tmp_path_factory):
 @settings(max_examples=200)
 @example("½ cup… of\u00a0tea, ＦＵＬＬ")
 def test_deberta_texts_are_split_as_sentencepiece_splits_them(deberta_tokenizer, text):
-    """With its character map restored, transformers' tokenizer gives SentencePiece's own pieces."""
+    """With its character map restored, transformers' tokenizer gives SentencePiece's own pieces;
+    a tokenizer of WordPiece needs none."""
     tokenizer, pieces = deberta_tokenizer
     mapped = glue.character_map(tokenizer)
     got = tokenizer(mapped(text), add_special_tokens=False)["input_ids"]
     assert got == pieces.encode(text)
     assert mapped(text) == text or not text.isascii()
-
-
-def test_the_character_map_is_needed_and_for_sentencepiece_alone(deberta_tokenizer):
-    """Without it these texts become other tokens; a WordPiece tokenizer needs none."""
-    tokenizer, pieces = deberta_tokenizer
-    for text in ("…", "½", "a\u00a0b", "ＦＵＬＬ"):
-        assert tokenizer(text, add_special_tokens=False)["input_ids"] != pieces.encode(text)
-    assert glue.character_map(SimpleNamespace(vocab_file="vocab.txt"))("½…") == "½…"
+    assert glue.character_map(SimpleNamespace(vocab_file="vocab.txt"))(text) == text  # no map
 
 
 def test_examples_are_pairs_of_mapped_texts_of_256_tokens_at_most(deberta_tokenizer, tmp_path):
@@ -93,117 +76,36 @@ def test_examples_are_pairs_of_mapped_texts_of_256_tokens_at_most(deberta_tokeni
         assert row["input_ids"] == expected
 
 
-def test_an_empty_sentence_trains(tiny, tmp_path):
+def test_an_empty_sentence_trains(world, tmp_path):
     """A text without characters is legal: it has special tokens alone."""
     rows = [dict(sentence1="", sentence2="", label=i % 2) for i in range(8)]
     write_glue(tmp_path, rte=dict(train=rows, validation=rows))
-    config = Config("rte", "elalora", 4, 0, str(tiny / "deberta"), str(tmp_path))
-    problem = glue.problem(config, glue.RECIPES["rte"][4])
+    problem = problem_of(world, data_dir=str(tmp_path))
     assert problem.loss(problem.model, next(iter(problem.batches(1)))).isfinite()
     assert problem.evaluate(True)["accuracy"] == 0.5 == problem.floor["accuracy"]
 
 
-@pytest.mark.skipif(
-    "GLUE_DIR" not in os.environ, reason="GLUE_DIR names no folder laid out like nyu-mll/glue"
-)
-@pytest.mark.parametrize(
-    "task, sizes",
-    dict(mrpc=(3668, 408), rte=(2490, 277), stsb=(5749, 1500), sst2=(67349, 872)).items(),
-)
-def test_the_real_data_have_the_published_sizes(task, sizes):
-    """GLUE's numbers of examples, with texts in all columns and labels of the task."""
-    columns = [*(row := glue.TASKS[task]).texts, "label"]
-    splits = common.load_splits(
-        os.environ["GLUE_DIR"], glue.HUB, task, columns, ["train", "validation"]
-    )
-    assert tuple(map(len, splits)) == sizes
-    for split in splits:
-        glue.check_labels(list(split["label"]), row, task)
-        assert all(isinstance(text, str) for column in row.texts for text in split[column])
-
-
-@pytest.mark.skipif(
-    "GLUE_DIR" not in os.environ, reason="GLUE_DIR names no folder laid out like nyu-mll/glue"
-)
-def test_the_real_sst2_has_20_000_phrases_that_are_part_of_no_other_sentence():
-    """2,000 of them to choose settings by; no training phrase has one of them in it."""
-    (rows,) = common.load_splits(os.environ["GLUE_DIR"], glue.HUB, "sst2", ["sentence"], ["train"])
-    phrases = [" ".join(phrase.split()) for phrase in rows["sentence"]]
-    train, *parts = glue.hold_out_sentences([*range(len(phrases))], phrases)
-    assert (len(train), *map(len, parts)) == (47349, 2000, 18000)
-    spans = set()
-    for words in (phrases[i].split() for i in train):
-        ends = itertools.combinations(range(len(words) + 1), 2)
-        spans |= {" ".join(words[i:j]) for i, j in ends}
-    assert spans.isdisjoint(phrases[i] for part in parts for i in part)
-
-
-# ---- The model ----
-@pytest.mark.parametrize("family", ["Bert", "Roberta", "DebertaV2"])
-def test_all_six_matrices_of_every_layer_are_adapted_and_the_head_is_trained(family):
-    """Figure 2's, under the names that an encoder gives them."""
-    config = getattr(transformers, f"{family}Config")(num_hidden_layers=3)
-    with torch.device("meta"):
-        model = getattr(transformers, f"{family}ForSequenceClassification")(config)
-    names = common.matrices(model, glue.adapted_kinds(model), Config("rte", "elalora", 4, 0))
-    suffix = "_proj" * (family == "DebertaV2")
-    kinds = [f"attention.self.{name}{suffix}" for name in ("query", "key", "value")]
-    kinds += ["attention.output.dense", "intermediate.dense", "output.dense"]
-    stack = {"Bert": "bert", "Roberta": "roberta", "DebertaV2": "deberta"}[family]
-    assert {*names} == {f"{stack}.encoder.layer.{i}.{kind}" for i in range(3) for kind in kinds}
-    heads = ["classifier"] if family == "Roberta" else ["pooler", "classifier"]
-    assert glue.find_heads(model) == heads
-
-
-def test_the_loss_of_a_batch_in_chunks_is_the_loss_of_the_batch(tiny):
-    """Rows sorted by length and padded apart change neither loss nor gradient."""
-    problem = tiny_problem(tiny)
-    problem.model.eval()
-    chunks = next(iter(problem.batches(1)))
-    assert len(chunks) == (4 if DEVICE == "cpu" else 1)
-    pad, _ = glue.load_examples("rte", str(tiny / "glue"), str(tiny / "deberta"))
-    rows = [
-        {
-            key: values[i][chunk["attention_mask"][i].bool()] if key != "labels" else values[i]
-            for key, values in chunk.items()
-        }
-        for chunk in chunks
-        for i in range(len(chunk["labels"]))
-    ]
-    assert len(rows) == 64 and len({len(row["input_ids"]) for row in rows}) > 4
-    loss = problem.loss(problem.model, chunks)
-    expected = problem.model(**pad(rows[::-1]).to(DEVICE)).loss
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-    weights = [p for p in problem.model.parameters() if p.requires_grad]
-    gradients = [torch.autograd.grad(x, weights, allow_unused=True) for x in (loss, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
-
-
-def test_weights_are_float32_and_bfloat16_is_of_autocast_alone(tiny):
-    """Though the checkpoint has float16. The loss is nearly the same."""
-    losses = {}
-    for dtype in ("float32", "bfloat16"):
-        torch.manual_seed(0)
-        problem = tiny_problem(tiny, dtype=dtype)
-        assert {w.dtype for w in problem.model.parameters()} == {torch.float32}
-        problem.model.eval()
-        losses[dtype] = problem.loss(problem.model, next(iter(problem.batches(1)))).item()
-        assert 0 <= problem.evaluate(True)["accuracy"] <= 1
-    assert losses["float32"] != losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
-
-
 # ---- Training and evaluation ----
-def test_the_held_out_tenth_is_of_the_training_split_and_not_trained_on(tiny, monkeypatch):
-    """Nine tenths are trained on, and the rest is evaluated, in place of the dev split."""
-    pad, (train, dev) = glue.load_examples("rte", str(tiny / "glue"), str(tiny / "deberta"))
+HELD = [*range(2, 5)], [*range(2)]  # of the two held-out parts: to report on, to choose by
+
+
+@pytest.mark.parametrize("task, holdout, n_trained, evaluated", [
+    ("rte", True, ROWS - ROWS // 10, None), ("sst2_heldout", False, ROWS - 10, HELD[0]),
+    ("sst2_heldout", True, ROWS - 10, HELD[1])])  # fmt: skip
+def test_what_is_held_out_is_evaluated_and_not_trained_on(
+    task, holdout, n_trained, evaluated, world, monkeypatch
+):
+    """A tenth of the training split in place of the dev split; of SST-2 one of two parts."""
+    pad, (train, dev) = examples_of(world)
     rows = [dict(row, labels=i) for i, row in enumerate(train)]
-    monkeypatch.setattr(glue, "load_examples", lambda *_: (pad, [rows, dev]))
-    evaluated = []
-    monkeypatch.setattr(glue, "compute_metrics", lambda *a: evaluated.append(a[2]) or {})
-    problem = tiny_problem(tiny, holdout=True)
+    splits = [rows, dev] if task == "rte" else [rows[10:], rows[:2], rows[2:5]]
+    monkeypatch.setattr(glue, "load_examples", lambda *_: (pad, splits))
+    found = []
+    monkeypatch.setattr(glue, "compute_metrics", lambda *a: found.append(a[2]) or {})
+    problem = problem_of(world, task, holdout=holdout)
     used = [i for b in problem.batches(1) for chunk in b for i in chunk["labels"].tolist()]
-    assert len(used) == ROWS * 9 // 10 and problem.steps_per_epoch == 3
-    assert sorted(used + evaluated[-1]) == list(range(ROWS))
+    assert len(used) == n_trained and not {*used} & {*found[-1]}
+    assert found[-1] == evaluated or sorted(used + found[-1]) == [*range(ROWS)]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -225,13 +127,13 @@ def test_metrics_are_what_they_are_defined_as(seed):
     assert constant == dict(pearson=0, spearman=0, matthews=0)
 
 
-def test_mnli_is_evaluated_on_both_of_its_dev_splits(tiny, monkeypatch):
+def test_mnli_is_evaluated_on_both_of_its_dev_splits(world, monkeypatch):
     """The mismatched one's accuracy ends in _mm; the floor is the training split's majority."""
-    pad, (rows, _) = glue.load_examples("rte", str(tiny / "glue"), str(tiny / "deberta"))
+    pad, (rows, _) = examples_of(world)
     splits = [[dict(row, labels=label) for row in rows[:12]] for label in (2, 0, 2)]
     monkeypatch.setattr(glue, "load_examples", lambda *_: (pad, splits))
-    config = Config("mnli", "elalora", 2, 0, str(tiny / "deberta"))
-    problem = glue.problem(config, glue.RECIPES["mnli"][2])
+    config = Config("mnli", "elalora", 2, 0, str(world / "deberta"))
+    problem = glue.problem(config, recipe_of(config))
     assert problem.floor == dict(accuracy=0, accuracy_mm=1)
     with torch.no_grad():
         problem.model.classifier.bias += torch.tensor([99, 0, 0]).to(DEVICE)
@@ -268,22 +170,6 @@ def test_no_held_out_phrase_is_part_of_what_is_trained_on(sentences, data):
     assert not any(contains(phrase, phrases[i]) for phrase in trained for i in out)
     longest = [p for p in trained if not any(contains(q, p) and p != q for q in phrases)]
     assert all(any(contains(sentence, phrase) for sentence in longest) for phrase in trained)
-
-
-@pytest.mark.parametrize("holdout, evaluated", [(False, [2, 3, 4]), (True, [0, 1])])
-def test_held_out_sentences_choose_settings_or_are_reported_on(
-    holdout, evaluated, tiny, monkeypatch
-):
-    """Either part is evaluated alone, and the same examples are trained on."""
-    pad, (rows, _) = glue.load_examples("rte", str(tiny / "glue"), str(tiny / "deberta"))
-    numbered = [dict(row, labels=i) for i, row in enumerate(rows)]
-    splits = [numbered[10:], numbered[:2], numbered[2:5]]
-    monkeypatch.setattr(glue, "load_examples", lambda *_: (pad, splits))
-    found = []
-    monkeypatch.setattr(glue, "compute_metrics", lambda *a: found.append(a[2]) or {})
-    problem = tiny_problem(tiny, task="sst2_heldout", holdout=holdout)
-    used = [i for b in problem.batches(1) for chunk in b for i in chunk["labels"].tolist()]
-    assert found == [evaluated] and sorted(used) == [*range(10, ROWS)]
 
 
 def test_labels_that_are_none_of_the_tasks_are_refused():

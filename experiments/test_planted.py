@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import reproduce
 from experiments import planted
 from experiments import problem as shared
-from experiments.conftest import array
-from experiments.problem import Config
+from experiments.conftest import array, config_of, make, make_problem
+from experiments.tables import Config, recipe_of
 
 
 @pytest.mark.parametrize("names", ["abc", "ac", "b"])
@@ -30,12 +29,17 @@ def test_the_bounds_are_what_trying_all_allocations_finds(rank, names, monkeypat
     assert planted.bounds(rank, names) == pytest.approx(expected, abs=1e-6)
 
 
-def test_what_is_planted_has_the_ranks_and_singular_values_of_the_bounds(small_planted):
+@pytest.fixture
+def problem(world):
+    config = config_of(world, "planted")
+    return make_problem(config, recipe_of(config))
+
+
+def test_what_is_planted_has_the_ranks_and_singular_values_of_the_bounds(problem):
     """Training has to add an update of each matrix's planted rank; its singular values are those
     that bounds() takes."""
-    problem, _, _ = small_planted()
     identity = torch.eye(planted.WIDTH, device=shared.DEVICE)
-    problem.loss(problem.model, dict(x=identity)).backward()  # mean of |(W - W0 - Delta*) e_i|^2
+    problem.loss(problem.model, identity).backward()  # mean of |(W - W0 - Delta*) e_i|^2
     for name, rank in planted.PLANTED.items():
         gradient = problem.model.get_submodule(name).weight.grad
         delta = -array(gradient) * planted.WIDTH * len(planted.PLANTED) / 2
@@ -45,37 +49,34 @@ def test_what_is_planted_has_the_ranks_and_singular_values_of_the_bounds(small_p
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_ranks_that_leave_no_choice_are_refused(small_planted):
+def test_ranks_that_leave_no_choice_are_refused():
     """All matrices have to keep one, and none has more than 12 planted."""
     for rank in (1, 12):
+        config = Config("planted", "elalora", rank, 0)
         with pytest.raises(ValueError, match=f"--rank {rank}: 2 to 11 leave a choice"):
-            planted.problem(Config("planted", "elalora", rank, 0), planted.RECIPES["planted"][4])
+            planted.problem(config, recipe_of(config))
 
 
-@pytest.mark.parametrize("names, count", [(("intermediate.dense",), 2), (("key_proj", "dense"), 8)])
-@pytest.mark.parametrize("method", ["elalora", "lora"])
-def test_targets_alone_are_adapted(method, names, count, small_planted):
-    """What is not named keeps its weights; the bounds are those of what is."""
-    problem, config, recipe = small_planted(method, targets=names)
-    allocator = reproduce.prepare(problem, config, recipe).allocator
-    assert len(allocator.ranks()) == count
-    assert all(name.endswith(names) for name in allocator.ranks())
-    metrics = problem.evaluate(True)
-    assert metrics["residual"] == pytest.approx(1) and metrics["best_possible"] < 1
-    assert ("gap_closed" in metrics) == (count == 8)  # else all matrices need as many ranks
-    expected = planted.bounds(4, [n for n in planted.PLANTED if n.endswith(names)])
-    assert (metrics["even_rank_bound"], metrics["best_possible"]) == expected
+def test_the_bounds_are_those_of_the_targets(world):
+    """Before training the residual is 1; where all matrices need as many ranks there is no gap."""
+    for names, gap in ((("intermediate.dense",), False), (("key_proj", "dense"), True)):
+        config = config_of(world, "planted", targets=[*names], rank=4)
+        problem, _ = make(config)
+        metrics = problem.evaluate(True)
+        assert metrics["residual"] == pytest.approx(1) and metrics["best_possible"] < 1
+        assert ("gap_closed" in metrics) == gap == bool(problem.note(metrics))
+        expected = planted.bounds(4, [n for n in planted.PLANTED if n.endswith(names)])
+        assert (metrics["even_rank_bound"], metrics["best_possible"]) == expected
 
 
-def test_the_shares_of_the_processes_join_to_the_batches_of_one(small_planted, monkeypatch):
+def test_the_shares_of_the_processes_join_to_the_batches_of_one(problem, monkeypatch):
     """Row by row, in every batch of an epoch; epochs differ."""
-    problem, _, _ = small_planted()
-    whole = [batch["x"] for batch in problem.batches(1)]
-    assert not torch.equal(whole[0], next(iter(problem.batches(2)))["x"])
+    whole = [*problem.batches(1)]
+    assert not torch.equal(whole[0], next(iter(problem.batches(2))))
     monkeypatch.setattr(shared, "PROCESSES", 2)
     shares = []
     for process in range(2):
         monkeypatch.setattr(shared, "PROCESS", process)
-        shares.append([batch["x"] for batch in problem.batches(1)])
+        shares.append([*problem.batches(1)])
     for x, *parts in zip(whole, *shares, strict=True):
         assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), x)

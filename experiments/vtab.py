@@ -1,4 +1,4 @@
-"""Section 4.4: a vision transformer, ViT-B/16 in the paper, on VTAB-1k (Tables 4 and 10).
+"""Section 4.4: a vision transformer, ViT-B/16 in the paper, on VTAB-1k (Table 4).
 
 A task is a folder of vtab-1k.zip: lists train800.txt, val200.txt and test.txt, whose lines are a
 path below the folder, a blank and a label, and the images.
@@ -17,25 +17,13 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from experiments.common import epoch_batches, guesses, matrices, predictions, pretrained, some
-from experiments.problem import DEVICE, Config, Problem, Recipe, autocast
+from experiments.data import epoch_batches, guesses, matrices, predictions, pretrained, some
+from experiments.problem import DEVICE, Problem, autocast
+from experiments.tables import Config, Recipe
 
 HUB, ZIP = "XiN0919/VTAB-1k", "vtab-1k.zip"
 KINDS = ("q_proj", "k_proj", "v_proj", "fc1", "fc2")
 EVALUATION_BATCH = 64
-
-
-def row(b: int, k: int, percent: float | None = None) -> dict[int, Recipe]:
-    """A row of Table 10, and ElaLoRA's accuracy in Table 4."""
-    paper = {} if percent is None else dict(accuracy=percent / 100)
-    return {8: Recipe(16, 1e-3, 100, 500, 1500, 200, b, k, paper)}
-
-
-RECIPES = {
-    "cifar": row(6, 3, 61.25), "svhn": row(4, 2, 74.60), "eurosat": row(4, 2, 94.26),
-    "resisc45": row(6, 3, 80.71), "dsprites_ori": row(4, 2, 39.2), "dmlab": row(6, 3, 39.30),
-    "caltech101": row(6, 3),  # VTAB's, not in the paper; b and k are cifar's
-}
 
 
 def open_task(task: str, data_dir: str | None) -> Path | zipfile.Path:
@@ -65,7 +53,8 @@ class Images(Dataset):
     """
     def __init__(self, folder: Path | zipfile.Path, split: str, processor):
         self.folder, self.processor, self.rows = folder, processor, []
-        if not (path := folder / f"{split}.txt").is_file():
+        path = folder / f"{split}.txt"
+        if not path.is_file():
             raise ValueError(f"{path}: no such list of images")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             name, _, label = line.rpartition(" ")
@@ -85,7 +74,7 @@ class Images(Dataset):
             with path.open("rb") as file:
                 return Image.open(file).convert("RGB")
         except Exception as error:  # broken files raise all kinds
-            raise ValueError(f"{path} is no image that can be read, {type(error).__name__}: "
+            raise ValueError(f"{path} is not an image that can be read, {type(error).__name__}: "
                              f"{error}") from None
 
     def __getitem__(self, i: int) -> dict:

@@ -1,4 +1,4 @@
-"""Section 4.3: an encoder-decoder, BART-base in the paper, on XSum (Tables 3 and 8).
+"""Section 4.3: an encoder-decoder, BART-base in the paper, on XSum (Table 3).
 
 The paper names BART-large once; its parameter counts, in Table 3, are those of BART-base.
 """
@@ -7,20 +7,19 @@ import math
 
 import torch
 import transformers
+from datasets import Dataset
 from torch import nn
 
-from experiments.common import (
+from experiments.data import (
     by_length, epoch_batches, load_splits, matrices, mean_loss, predictions, pretrained, some)
-from experiments.problem import DEVICE, Config, Problem, Recipe, by_rank
+from experiments.problem import DEVICE, Problem
+from experiments.tables import Config, Recipe
 
 HUB = "EdinburghNLP/xsum"
 ARTICLE_TOKENS, SUMMARY_TOKENS = 1024, 160  # the released script's; Table 8 has none
 BEAMS, DECODING_BATCH = 8, 64
 KINDS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # cross-attention's, too
 ROUGE = ("rouge1", "rouge2", "rougeL")
-RECIPES = {"xsum": by_rank(
-    (2, 6), 32, 5e-4, 2, 1500, 3000, 200, b=(2, 3), k=(1, 2),
-    paper=[dict(zip(ROUGE, scores)) for scores in ((.3724, .1466, .2976), (.3800, .1530, .3042))])}
 
 
 def rouge(found: list[str], references: list[str]) -> dict[str, float]:
@@ -31,27 +30,38 @@ def rouge(found: list[str], references: list[str]) -> dict[str, float]:
     return {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ROUGE}
 
 
-def problem(config: Config, recipe: Recipe) -> Problem:
-    """Summaries of one sentence, from a model that has no new head.
-
-    The loss on the validation split is computed after every epoch. After the last one, ROUGE of
-    summaries that are generated for the test split, with --holdout for the validation split.
-    """
+def load_tokens(config: Config, tokenizer: transformers.PreTrainedTokenizerBase
+                ) -> tuple[list[Dataset], list[Dataset]]:
+    """The training and validation splits, and the one that is reported on; then their tokens."""
     train, validation, test = load_splits(
         config.data_dir, HUB, None, ("document", "summary"), ("train", "validation", "test"))
-    outputs: dict[str, list] = {}
-    reported = validation if config.holdout else test
-    tokenizer = pretrained(transformers.AutoTokenizer, config.model)
-    model = pretrained(transformers.AutoModelForSeq2SeqLM, config.model, dtype=torch.float32)
-    targets = matrices(model, KINDS, config)
-    model.to(DEVICE)
-    pad = transformers.DataCollatorForSeq2Seq(tokenizer)  # labels with -100
+    splits = [train, validation, validation if config.holdout else test]
 
     def tokenize(rows: dict) -> dict:
         articles = tokenizer(rows["document"], max_length=ARTICLE_TOKENS, truncation=True)
         summaries = tokenizer(
             text_target=rows["summary"], max_length=SUMMARY_TOKENS, truncation=True)
         return {**articles, "labels": summaries["input_ids"]}
+
+    tokens = [split.map(tokenize, batched=True, remove_columns=split.column_names)
+              for split in splits]
+    return splits, tokens
+
+
+def problem(config: Config, recipe: Recipe) -> Problem:
+    """Summaries of one sentence, from a model that has no new head.
+
+    The loss on the validation split is computed after every epoch. After the last one, ROUGE of
+    summaries that are generated for the test split, with --holdout for the validation split.
+    """
+    tokenizer = pretrained(transformers.AutoTokenizer, config.model)
+    splits, (train, validation, reported) = load_tokens(config, tokenizer)
+    train = some(train, recipe)
+    outputs: dict[str, list] = {}
+    model = pretrained(transformers.AutoModelForSeq2SeqLM, config.model, dtype=torch.float32)
+    targets = matrices(model, KINDS, config)
+    model.to(DEVICE)
+    pad = transformers.DataCollatorForSeq2Seq(tokenizer)  # labels with -100
 
     def losses(batch: dict) -> list[tuple[float, int]]:
         """Of every summary: the sum over its tokens, and their number."""
@@ -67,22 +77,17 @@ def problem(config: Config, recipe: Recipe) -> Problem:
         return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def evaluate(last: bool) -> dict[str, float]:
-        found = predictions(validation_tokens, recipe.batch_size, losses, pad, config)
+        found = predictions(validation, recipe.batch_size, losses, pad, config)
         loss = sum(total for total, _ in found) / sum(count for _, count in found)
         if not last:
             return dict(validation_loss=loss)
-        outputs["prediction"] = predictions(
-            reported_tokens, DECODING_BATCH, summarize, pad, config)
-        return rouge(outputs["prediction"], reported["summary"]) | dict(validation_loss=loss)
+        outputs["prediction"] = predictions(reported, DECODING_BATCH, summarize, pad, config)
+        return rouge(outputs["prediction"], splits[-1]["summary"]) | dict(validation_loss=loss)
 
-    train_tokens, validation_tokens, reported_tokens = (
-        split.map(tokenize, batched=True, remove_columns=split.column_names)
-        for split in (train, validation, reported))
-    train_tokens = some(train_tokens, recipe)
-    lead = [document.partition("\n")[0] for document in reported["document"]]
+    lead = [document.partition("\n")[0] for document in splits[-1]["document"]]
     return Problem(
-        model, targets, [], math.ceil(len(train_tokens) / recipe.batch_size),
-        lambda epoch: epoch_batches(train_tokens, recipe.batch_size, config, epoch,
+        model, targets, [], math.ceil(len(train) / recipe.batch_size),
+        lambda epoch: epoch_batches(train, recipe.batch_size, config, epoch,
                                     lambda rows: by_length(rows, pad)),
         lambda model, chunks: mean_loss(model, chunks, config), evaluate,
-        rouge(lead, reported["summary"]), "first sentence", outputs=outputs)
+        rouge(lead, splits[-1]["summary"]), "first sentence", outputs=outputs)

@@ -1,0 +1,165 @@
+"""What GLUE, XSum and VTAB share: pre-trained models, data sets, batches, predictions."""
+
+import hashlib
+import itertools
+import math
+import os
+import random
+import tempfile
+from collections.abc import Callable, Sequence, Sized
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+
+from experiments import problem as shared
+from experiments.problem import DEVICE, autocast, chosen, mean_of_processes, seed_of
+from experiments.tables import Config, Recipe
+
+
+# ---- What a command checks first ----
+def check_files(model: str | None, data_dir: str | None, folders: list[Path]) -> None:
+    """Raises ValueError for what is missing or cannot be written, before anything is loaded."""
+    for folder in folders:
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(f"--output-dir: cannot write in {folder}: {error.strerror}") from None
+    local = model and (model.startswith((".", "/", "~")) or Path(model).exists())
+    if local and not Path(model, "config.json").is_file():
+        raise ValueError(f"--model: {model} is not a folder with a config.json")
+    if data_dir and not Path(data_dir).is_dir():
+        raise ValueError(f"--data-dir: {data_dir} is not a folder")
+
+
+# ---- Models ----
+def pretrained(auto: type, model: str, **arguments):
+    """from_pretrained, with an error that names the model."""
+    if DEVICE == "cpu" and "dtype" in arguments:  # a model, whose backward pass is so faster there
+        arguments["attn_implementation"] = "eager"
+    try:
+        return auto.from_pretrained(model, **arguments)
+    except Exception as error:  # broken files raise all kinds
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # transformers names what it did not find
+        raise ValueError(f"--model: {model} cannot be loaded, {type(error).__name__}: "
+                         f"{str(error).strip()}") from None
+
+
+def matrices(model: nn.Module, kinds: Sequence[str], config: Config) -> list[str]:
+    """The names of all modules that end in one of these kinds, and as --targets asks.
+
+    Raises ValueError if the model lacks a kind, or --targets names none of them.
+    """
+    names = [name for name, _ in model.named_modules()]
+    if missing := [kind for kind in kinds if not any(n.endswith(f".{kind}") for n in names)]:
+        raise ValueError(f"--model: {config.model} has no matrices named {', '.join(missing)}; "
+                         f"this task adapts {', '.join(kinds)}")
+    return chosen([n for n in names if n.endswith(tuple(f".{kind}" for kind in kinds))], config)
+
+
+# ---- Data ----
+def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Sequence[str],
+                splits: Sequence[str]) -> list:
+    """Splits of the data set of that name on the hub, or of the one in --data-dir.
+
+    Raises ValueError if a folder cannot be read, or if a split or column is missing or empty.
+    """
+    import datasets
+    source, cache = data_dir or hub, None
+    if data_dir:  # datasets' own cache knows a folder by its name, and not by its files
+        files = sorted((str(path), path.stat().st_mtime_ns)
+                       for path in Path(data_dir).resolve().rglob("*"))
+        digest = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+        cache = Path(datasets.config.HF_DATASETS_CACHE, digest)
+    try:
+        try:
+            loaded = datasets.load_dataset(source, task, cache_dir=cache)
+        except RuntimeError:  # of a hub repository that still has a loading script
+            loaded = datasets.load_dataset(source, task, revision="refs/convert/parquet")
+    except Exception as error:  # broken files raise all kinds
+        if not data_dir:
+            raise
+        while error.__cause__:  # datasets says only there what is wrong
+            error = error.__cause__
+        raise ValueError(f"--data-dir: {source} has no {task or 'data set'} that can be read, "
+                         f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+    for split in splits:
+        if split not in loaded or not len(loaded[split]):
+            raise ValueError(f"{source}: no examples in the split {split!r}")
+        if missing := {*columns} - {*loaded[split].column_names}:
+            raise ValueError(f"{source}: the split {split!r} has no column {min(missing)!r}, only "
+                             f"{', '.join(loaded[split].column_names)}")
+    return [loaded[split] for split in splits]
+
+
+def hold_out(rows: Sized) -> tuple[Subset, Subset]:
+    """Splits the training split: (nine tenths, one tenth), at random but alike for every seed."""
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    return Subset(rows, order[len(rows) // 10 :]), Subset(rows, order[: len(rows) // 10])
+
+
+def some(rows: Sized, recipe: Recipe) -> Sized:
+    """As many of the training examples as the recipe asks for, at random but alike for every seed.
+
+    ValueError if there are fewer.
+    """
+    if recipe.examples > len(rows):
+        raise ValueError(f"--set examples={recipe.examples}: there are {len(rows)} to train on")
+    order = random.Random(0).sample(range(len(rows)), recipe.examples)
+    return Subset(rows, order) if recipe.examples else rows
+
+
+def epoch_batches(rows: Sized, batch_size: int, config: Config, epoch: int,
+                  collate: Callable | None = None) -> DataLoader:
+    """The batches of an epoch in its random order; every process has its share of each."""
+    sampler = DistributedSampler(
+        rows, shared.PROCESSES, shared.PROCESS, seed=seed_of(config, epoch))
+    return DataLoader(rows, batch_size // shared.PROCESSES, sampler=sampler, collate_fn=collate)
+
+
+def by_length(rows: list[dict], pad: Callable[[list[dict]], dict]) -> list[dict]:
+    """A batch of texts as chunks of similar length. On a CPU this saves padding, so time. The mean
+    loss over the chunks is that of the batch."""
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    size = math.ceil(len(rows) / (4 if DEVICE == "cpu" else 1))
+    return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def mean_loss(model: nn.Module, chunks: list[dict], config: Config) -> Tensor:
+    """The mean over all labels of a batch that comes in chunks, and in shares of processes."""
+    counts = [(chunk["labels"] != -100).sum().to(DEVICE) for chunk in chunks]  # -100: padding
+    with autocast(config):
+        losses = [model(**chunk.to(DEVICE)).loss * n for chunk, n in zip(chunks, counts)]
+    return sum(losses) / mean_of_processes(sum(counts))
+
+
+@torch.no_grad()
+def predictions(rows: Sized, batch_size: int, predict: Callable, collate: Callable | None,
+                config: Config) -> list:
+    """What predict(batch), a list, gives for every row, in their order; processes share them."""
+    order = range(len(rows))
+    if collate:  # texts, of which batches of one length need no padding
+        order = sorted(order, key=lambda i: len(rows[i]["input_ids"]))
+    own, found = order[shared.PROCESS :: shared.PROCESSES], []
+    for batch in DataLoader(Subset(rows, own), batch_size, collate_fn=collate):
+        with autocast(config):
+            found += predict(batch)
+    by_row = dict(zip(own, found))
+    if shared.PROCESSES > 1:
+        shares = [{}] * shared.PROCESSES
+        distributed.all_gather_object(shares, by_row)
+        by_row = dict(itertools.chain(*(share.items() for share in shares)))
+    return [by_row[i] for i in range(len(rows))]
+
+
+def guesses(logits: Tensor, labels: Tensor) -> list[tuple[float, float]]:
+    """Of every example: what the model says, a class or a number, and its loss."""
+    if logits.shape[1] == 1:
+        guess = logits.squeeze(1)
+        return [*zip(guess.tolist(), (guess - labels).square().tolist())]
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return [*zip(logits.argmax(dim=1).tolist(), losses.tolist())]

@@ -1,0 +1,218 @@
+"""The methods that are compared, behind one interface: the training loop does not know which.
+
+A method is made of a problem, a run and its recipe. Making it adapts the problem's model and makes
+the optimizer. All methods scale their updates by alpha / rank.
+"""
+
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+import elalora
+from experiments import report
+from experiments.problem import DEVICE, Problem, trained
+from experiments.tables import Config, Recipe
+
+
+class Method:
+    """What the loop calls. Here no rank is adapted: only the problem's heads train, which is the
+    benchmark's floor. Raises ValueError if the schedule or the ranks do not fit."""
+    singular_values = ""  # how the names of such parameters end
+    moves_ranks = True  # False: b = 0
+
+    def __init__(self, problem: Problem, config: Config, recipe: Recipe,
+                 ranks: dict[str, int] | None = None):
+        """ranks: module -> its first rank; by default config.rank for every module."""
+        self.problem, self.config, self.recipe = problem, config, recipe
+        total = recipe.epochs * problem.steps_per_epoch
+        b = recipe.b if self.moves_ranks else 0
+        self.schedule = elalora.RankSchedule(
+            total, recipe.warmup, recipe.stabilize, recipe.interval, b, recipe.shape)
+        self.adapt(ranks or dict.fromkeys(problem.targets, config.rank))
+        rates = {1: [], recipe.lambda_rate: []}  # learning rate / the recipe's -> parameters
+        for name, w in trained(problem.model).items():
+            is_singular = self.singular_values and name.endswith(self.singular_values)
+            rates[recipe.lambda_rate if is_singular else 1].append(w)
+        groups = [dict(params=ws, lr=rate * recipe.learning_rate) for rate, ws in rates.items()]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, foreach=True)
+        self.scheduler = transformers.get_scheduler(
+            recipe.lr_scheduler, self.optimizer, total // 10, total)
+
+    @property
+    def t(self) -> int:
+        """The optimizer's steps so far."""
+        return self.scheduler.last_epoch
+
+    def adapt(self, ranks: dict[str, int]) -> None:
+        """Puts adapters into the problem's model, and freezes the rest but for its heads."""
+        for name, w in self.problem.model.named_parameters():
+            w.requires_grad_(not {*name.split(".")}.isdisjoint(self.problem.heads))
+        for name in self.problem.targets:  # gradients go back to all that others adapt
+            self.problem.model.get_submodule(name).register_forward_hook(
+                lambda module, inputs, y: None if y.requires_grad else y.requires_grad_())
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss, weighted; a scalar."""
+
+    def step(self) -> elalora.Adjustment | None:
+        """Called after every step of optimizer and scheduler, before gradients are zeroed."""
+
+    def ranks(self) -> dict[str, int]:
+        """Module -> its present rank."""
+        return {}
+
+    def importance(self) -> dict[str, Tensor]:
+        """Module -> the scores of its ranks, (rank,)."""
+        return {}
+
+    def parameters(self) -> int:
+        """How many weights the present ranks have: two vectors each, and a singular value."""
+        count = 0
+        for name, rank in self.ranks().items():
+            shape = self.problem.model.get_submodule(name).base_layer.weight.shape
+            count += rank * (sum(shape) + bool(self.singular_values))
+        return count
+
+    def state_dict(self) -> dict:
+        """What is neither in the trained weights nor in optimizer and scheduler, such as scores."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores state_dict()."""
+
+    def export(self, folder: Path) -> None:
+        """Writes the adapter."""
+
+
+class ElaLoRA(Method):
+    """The paper's method, by elalora.py."""
+    singular_values = ".Lambda"
+
+    def __init__(self, problem: Problem, config: Config, recipe: Recipe,
+                 ranks: dict[str, int] | None = None):
+        super().__init__(problem, config, recipe, ranks)
+        self.allocator = elalora.RankAllocator(
+            problem.model, self.optimizer, self.schedule, recipe.k, recipe.beta1, recipe.beta2,
+            config.seed)
+
+    def adapt(self, ranks: dict[str, int]) -> None:
+        elalora.inject(self.problem.model, self.problem.targets, ranks, self.recipe.alpha,
+                       modules_to_save=self.problem.heads)
+
+    def penalty(self) -> Tensor:
+        return self.recipe.gamma * elalora.orthogonality_penalty(self.problem.model)
+
+    def step(self) -> elalora.Adjustment | None:
+        return self.allocator.step()
+
+    def ranks(self) -> dict[str, int]:
+        return self.allocator.ranks()
+
+    def importance(self) -> dict[str, Tensor]:
+        return self.allocator.importance()
+
+    def export(self, folder: Path) -> None:
+        name = self.config.model or self.config.task
+        elalora.export_peft(self.problem.model, folder / "peft", name)
+        adapter = elalora.adapter_state_dict(self.problem.model)
+        report.write(folder / "adapter.safetensors", lambda path: save_file(adapter, path))
+
+
+class EvenRanks(ElaLoRA):
+    """ElaLoRA whose ranks never move."""
+    moves_ranks = False
+
+
+class LoRA(Method):
+    """PEFT's LoRA."""
+
+    def adapt(self, ranks: dict[str, int]) -> None:
+        self.adapted = peft.get_peft_model(self.problem.model, self.settings(
+            target_modules=self.problem.targets, modules_to_save=self.problem.heads))
+        self.layers = {name: module for name, module in self.problem.model.named_modules()
+                       if hasattr(module, "lora_A")}
+
+    def settings(self, **names: list[str]) -> peft.LoraConfig:
+        return peft.LoraConfig(r=self.config.rank, lora_alpha=self.recipe.alpha, **names)
+
+    def ranks(self) -> dict[str, int]:
+        return {name: layer.r["default"] for name, layer in self.layers.items()}
+
+    def export(self, folder: Path) -> None:
+        self.adapted.save_pretrained(folder / "peft")
+
+
+class AdaLoRA(LoRA):
+    """PEFT's AdaLoRA: starts at init_ratio times the rank, prunes during ElaLoRA's search."""
+    singular_values = ".lora_E.default"
+    averages = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # attributes of PEFT's allocator
+
+    def adapt(self, ranks: dict[str, int]) -> None:
+        super().adapt(ranks)
+        self.allocator = self.adapted.base_model.rankallocator
+        self.allocator.reset_ipt = lambda: None  # the last scores are kept, as ElaLoRA's are
+
+    def settings(self, **names: list[str]) -> peft.AdaLoraConfig:
+        rank, recipe, schedule = self.config.rank, self.recipe, self.schedule
+        start = max(rank + 1, int(rank * recipe.init_ratio))
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(recipe, name) < 1:  # PEFT asserts it, without the value
+                raise ValueError(f"{name} must be in (0, 1), got {getattr(recipe, name)!r}")
+        return peft.AdaLoraConfig(
+            init_r=start, target_r=rank,
+            lora_alpha=recipe.alpha * start / rank,  # PEFT divides it by init_r
+            orth_reg_weight=recipe.gamma, beta1=recipe.beta1, beta2=recipe.beta2,
+            tinit=schedule.warmup_steps, tfinal=schedule.stabilize_steps,
+            deltaT=schedule.adjust_interval, total_step=schedule.total_steps, **names)
+
+    def step(self) -> None:
+        self.adapted.base_model.update_and_allocate(self.t)
+
+    def penalty(self) -> Tensor:
+        """PEFT's. PEFT's model would add it to the loss of every chunk of a batch, and in bfloat16
+        under autocast."""
+        factors = [factor for layer in self.layers.values()
+                   for factor in (layer.lora_A["default"], layer.lora_B["default"].T)]
+        norms = [(X @ X.T - torch.eye(len(X), device=DEVICE)).norm() for X in factors]
+        return self.recipe.gamma * (sum(norms) / len(norms))
+
+    def kept(self) -> dict[str, list[bool]]:
+        """Which ranks have not been pruned so far."""
+        pattern = self.adapted.peft_config["default"].rank_pattern or {}
+        return {name: pattern.get(f"{name}.lora_E.default", [True] * layer.r["default"])
+                for name, layer in self.layers.items()}
+
+    def ranks(self) -> dict[str, int]:
+        return {name: sum(kept) for name, kept in self.kept().items()}
+
+    def importance(self) -> dict[str, Tensor]:
+        """The scores of the ranks that it kept, by eq. 2 and 3, as ElaLoRA's."""
+        score, scores = self.allocator._element_score, {}
+        for name, kept in self.kept().items():
+            S = (score(f"{name}.lora_E.default")[:, 0] + score(f"{name}.lora_A.default").mean(dim=1)
+                 + score(f"{name}.lora_B.default").mean(dim=0))  # (first rank,)
+            scores[name] = S[torch.tensor(kept, device=DEVICE)]
+        return scores
+
+    def state_dict(self) -> dict:
+        return {
+            "averages": {name: getattr(self.allocator, name) for name in self.averages},
+            "rank_pattern": self.adapted.peft_config["default"].rank_pattern}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, tensors in state["averages"].items():
+            on_device = {parameter: x.to(DEVICE) for parameter, x in tensors.items()}
+            setattr(self.allocator, name, on_device)
+        self.adapted.peft_config["default"].rank_pattern = state["rank_pattern"]
+
+    def export(self, folder: Path) -> None:
+        pattern = self.adapted.peft_config["default"].rank_pattern
+        super().export(folder)
+        self.adapted.peft_config["default"].rank_pattern = pattern  # PEFT renamed its keys
+
+
+METHODS = {"elalora": ElaLoRA, "svd": EvenRanks, "lora": LoRA, "adalora": AdaLoRA, "frozen": Method}

@@ -1,0 +1,142 @@
+"""Algorithm 1's loop, with an evaluation and a checkpoint after every epoch."""
+
+import importlib
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import tqdm
+from torch import Tensor, nn
+
+import elalora
+from experiments import problem as shared
+from experiments import report
+from experiments.methods import Method
+from experiments.problem import (
+    DEVICE, Problem, check_alike, mean_of_processes, seed_of, trained)
+from experiments.tables import FAMILY_OF, Config, Recipe
+
+
+def make_problem(config: Config, recipe: Recipe) -> Problem:
+    """By the module of the task's family."""
+    family = importlib.import_module(f"experiments.{FAMILY_OF[config.task]}")
+    return family.problem(config, recipe)
+
+
+def rounded(values: Iterable, digits: int) -> list:
+    """Floats with so many significant digits; what else there is stays as it is."""
+    return [float(f"{x:.{digits}g}") if isinstance(x, float) else x for x in values]
+
+
+def train_step(problem: Problem, batch: object, method: Method
+               ) -> tuple[Tensor, elalora.Adjustment | None]:
+    """One iteration of Algorithm 1's loop."""
+    weights = [w for group in method.optimizer.param_groups for w in group["params"]]
+    loss = problem.loss(problem.model, batch)
+    loss.backward()
+    penalty = method.penalty()
+    if penalty is not None:
+        penalty.backward()
+    if shared.PROCESSES > 1:  # in one message; DistributedDataParallel cannot follow adjustments
+        gradients = [w.grad for w in weights if w.grad is not None]
+        mean = mean_of_processes(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(mean, gradients)
+    nn.utils.clip_grad_norm_(weights, 1.0)
+    method.optimizer.step()
+    method.scheduler.step()
+    adjustment = method.step()  # scores, and where one is due, an adjustment
+    method.optimizer.zero_grad()
+    return loss.detach(), adjustment
+
+
+def train(problem: Problem, method: Method, config: Config, checkpoint: Path) -> dict:
+    """Trains all epochs that the checkpoint does not have; returns the log."""
+    log = dict(seconds=0.0, history=[], adjustments=[], scores={})
+    if checkpoint.exists():
+        log = restore(checkpoint, config, problem.model, method)
+    started = time.time() - log["seconds"]
+    with tqdm.tqdm(desc=f"{config.task} {config.method} {config.seed}", initial=method.t,
+                   total=method.schedule.total_steps, mininterval=1,
+                   disable=shared.PROCESS > 0) as bar:
+        for epoch in range(len(log["history"]) + 1, method.recipe.epochs + 1):
+            if log["history"]:  # only now: the checkpoint is safe if the evaluation is killed
+                evaluate(problem, method, log)
+            torch.manual_seed(seed_of(config, epoch) * shared.PROCESSES + shared.PROCESS)  # dropout
+            train_loss = train_epoch(problem, method, epoch, log, bar)
+            check_alike(problem.model)
+            log["history"].append(dict(epoch=epoch, train_loss=train_loss))
+            log["seconds"] = time.time() - started
+            save(checkpoint, config, problem.model, method, log)
+    evaluate(problem, method, log)
+    log["seconds"] = time.time() - started
+    return log
+
+
+def train_epoch(problem: Problem, method: Method, epoch: int, log: dict, bar: tqdm.tqdm) -> float:
+    """Trains on all batches of an epoch, adds to the log; returns the mean of the losses."""
+    problem.model.train()
+    losses, schedule = [], method.schedule
+    for batch in problem.batches(epoch):
+        loss, adjustment = train_step(problem, batch, method)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise ValueError(
+                f"loss {losses[-1]} at step {method.t}: try float32 or another seed")
+        if adjustment:
+            check_alike(problem.model)
+            scores = {name: rounded(S, 3) for name, S in adjustment.scores.items()}
+            log["adjustments"].append(asdict(adjustment) | dict(scores=scores))
+        if method.t in (schedule.warmup_steps, schedule.search_end):
+            scores = itertools.chain(*(S.tolist() for S in method.importance().values()))
+            log["scores"][method.t] = rounded(scores, 3)
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        bar.update()
+    return float(mean_of_processes(torch.tensor(statistics.fmean(losses), device=DEVICE)))
+
+
+def evaluate(problem: Problem, method: Method, log: dict) -> None:
+    """Adds the metrics to the last epoch of the log."""
+    problem.model.eval()
+    epoch = log["history"][-1]
+    epoch["metrics"] = problem.evaluate(epoch["epoch"] == method.recipe.epochs)
+
+
+# ---- Checkpoints ----
+def check_same(had: dict, wanted: Config | Recipe) -> None:
+    """Raises ValueError if an existing run has other arguments, or another recipe."""
+    for name, value in asdict(wanted).items():
+        if had.get(name) != value:
+            raise ValueError(f"it has {name} {had.get(name)}, not {value}")
+
+
+def save(path: Path, config: Config, model: nn.Module, method: Method, log: dict) -> None:
+    """Writes the state of a run after an epoch."""
+    state = dict(
+        arguments=asdict(config), recipe=asdict(method.recipe), trained=trained(model),
+        optimizer=method.optimizer.state_dict(), scheduler=method.scheduler.state_dict(),
+        method=method.state_dict(), log=log)
+    if shared.PROCESS == 0:
+        report.write(path, lambda temporary: torch.save(state, temporary))
+
+
+def restore(path: Path, config: Config, model: nn.Module, method: Method) -> dict:
+    """Loads a checkpoint, returns its log. ValueError if it is broken or not of this run."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        check_same(saved["arguments"], config)
+        check_same(saved["recipe"], method.recipe)  # with less data it has other phases
+        if wrong := saved["trained"].keys() ^ trained(model).keys():
+            raise ValueError(f"missing or unknown: {min(wrong)}")
+        model.load_state_dict(saved["trained"], strict=False)  # before the optimizer: ranks
+        method.optimizer.load_state_dict(saved["optimizer"])
+        method.scheduler.load_state_dict(saved["scheduler"])
+        method.load_state_dict(saved["method"])
+        return saved["log"]
+    except Exception as error:  # a broken file makes torch.load raise all kinds
+        raise ValueError(f"{path} is not a checkpoint of this run, delete it to start again "
+                         f"({type(error).__name__}: {' '.join(str(error).split())})") from None

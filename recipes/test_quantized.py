@@ -1,0 +1,195 @@
+"""The laws of adapters on quantized layers of bitsandbytes and torchao, on a CPU.
+
+    pip install bitsandbytes==0.50.2 torchao==0.18.0  # else nearly all of them are skipped
+"""
+
+import importlib
+from functools import partial
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import equal, llama, trainable
+from safetensors.torch import load_file
+from torch import nn
+from trainer import MoveRanks
+
+from elalora import (
+    RankAllocator, RankSchedule, adapter_state_dict, export_peft, inject, load_adapter_state_dict,
+    merge)
+
+KINDS = ["bitsandbytes uint8", "bitsandbytes bfloat16", "bitsandbytes int8"]  # 4 bits in two dtypes
+KINDS += ["torchao int8", "torchao int4", "torchao float8"]
+kinds = pytest.mark.parametrize("kind", KINDS)
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+IDS = torch.randint(64, (4, 8), generator=torch.Generator().manual_seed(0))
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not", "ignore:TorchaoLora")
+
+
+def base():
+    return llama(hidden_size=64, intermediate_size=128, vocab_size=64)
+
+
+def quantized(model, kind):
+    """The model, of which all linear layers became quantized ones."""
+    library, what = kind.split()
+    if library == "torchao":
+        ao = pytest.importorskip("torchao.quantization")
+        int4 = partial(ao.IntxWeightOnlyConfig, torch.int4, ao.PerGroup(32))  # for CPUs, too
+        configs = dict(int8=ao.Int8WeightOnlyConfig, int4=int4, float8=ao.Float8WeightOnlyConfig)
+        ao.quantize_(model, configs[what]())
+        return model
+    bnb = pytest.importorskip("bitsandbytes").nn
+    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
+        shape = linear.in_features, linear.out_features, linear.bias is not None
+        if what == "int8":
+            layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False)
+        else:
+            layer = bnb.Linear4bit(*shape, quant_type="nf4", quant_storage=getattr(torch, what))
+        layer.load_state_dict(linear.state_dict())
+        model.set_submodule(name, layer.to("cpu"))  # which quantizes
+    return model
+
+
+def training(kind, optimizer=torch.optim.AdamW, rank=2, **settings):
+    """An adapted model, its optimizer, and an allocator that moves ranks at steps 4, 6 and 8."""
+    model = inject(quantized(base(), kind), TARGETS, rank)
+    optimizer = optimizer(trainable(model), lr=0.05, weight_decay=0.0, **settings)
+    return model, optimizer, RankAllocator(model, optimizer, RankSchedule(12, 2, 2, 2, b=2), k=1)
+
+
+def train(model, optimizer, allocator, steps):
+    """The losses, and the steps at which ranks moved."""
+    losses, moves = [], []
+    for step in steps:
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        adjustment = allocator.step()
+        if adjustment and adjustment.pruned:
+            moves.append(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, moves
+
+
+def raw(value):
+    """The bytes of a tensor, or of all tensors that make up a packed one or stand in a dict."""
+    if hasattr(value, "__tensor_flatten__"):
+        value = {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
+    if isinstance(value, dict):
+        return {key: raw(part) for key, part in value.items()}
+    if isinstance(value, torch.Tensor):
+        return bytes(value.detach().flatten().contiguous().view(torch.uint8).numpy())
+    return value
+
+
+def assert_same_logits(*models):
+    """In training mode: eval() lets bitsandbytes round its weights again on some CPUs."""
+    with torch.no_grad():
+        got, expected = (model.train()(input_ids=IDS).logits for model in models)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@kinds
+def test_it_trains_resumes_and_exports_on_a_quantized_base(kind, tmp_path):
+    """The loss falls, ranks move, the base keeps its bytes; resumed from the middle, and from
+    another rank, it ends alike; PEFT computes the same over an equal quantized base."""
+    model, optimizer, allocator = training(kind)
+    frozen = lambda: raw({key: w for key, w in model.state_dict().items()
+                          if key not in adapter_state_dict(model)})
+    before = frozen()
+    losses, moves = train(model, optimizer, allocator, range(1, 7))
+    torch.save((adapter_state_dict(model), optimizer.state_dict()), tmp_path / "middle.pt")
+    later = train(model, optimizer, allocator, range(7, 13))
+    assert moves + later[1] == [4, 6, 8] and later[0][-1] < 0.95 * losses[0]
+    assert frozen() == before
+    other, optimizer, allocator = training(kind, rank=1)
+    adapters, of_optimizer = torch.load(tmp_path / "middle.pt", weights_only=True)
+    load_adapter_state_dict(other, adapters)
+    optimizer.load_state_dict(of_optimizer)
+    assert train(other, optimizer, allocator, range(7, 13)) == later
+    assert equal(adapter_state_dict(other), adapter_state_dict(model))
+    export_peft(model, tmp_path, base_model_name="quantized")
+    same = quantized(base(), kind)  # marked as transformers does, for PEFT
+    same.is_loaded_in_4bit, same.is_loaded_in_8bit = kind in KINDS[:2], kind == KINDS[2]
+    assert_same_logits(peft.PeftModel.from_pretrained(same, tmp_path), model)
+
+
+@kinds
+def test_merging_refuses_a_quantized_weight_before_any_change(kind):
+    """An ordinary layer before it is not merged either."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1] = quantized(model[1:], kind)[0]
+    for layer in inject(model, ["0", "1"], 2):
+        nn.init.normal_(layer.Lambda)
+    before = raw(model.state_dict())
+    with pytest.raises(ValueError, match="'1'.*quantized"):
+        merge(model)
+    assert raw(model.state_dict()) == before
+
+
+def optimizer_class(path):
+    module, _, name = path.rpartition(".")
+    pytest.importorskip(module.partition(".")[0])
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("path", [
+    "torchao.optim.AdamW8bit", "torchao.optim.AdamW4bit", "torchao.optim.AdamWFp8",
+    "bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"])
+def test_an_optimizer_of_packed_state_is_refused_at_the_first_step(path):
+    """Long before an adjustment, also where one layer alone is big enough for packed state."""
+    model = nn.Sequential(*(nn.Linear(16, size) for size in (16, 16, 512)))
+    inject(model, ["0", "1", "2"], rank=8)
+    optimizer = optimizer_class(path)(trainable(model))
+    allocator = RankAllocator(model, optimizer, RankSchedule(12, 6, 2, 2, b=2), k=1)
+    nn.Sequential(model[0], model[2])(torch.randn(3, 16)).square().mean().backward()
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles, which takes long
+        optimizer.step()
+    before = raw(model.state_dict())
+    with pytest.raises(ValueError, match="use an optimizer such as AdamW"):
+        allocator.step()
+    assert raw(model.state_dict()) == before and allocator.t == 0
+
+
+@pytest.mark.parametrize("name", ["AdamW", "PagedAdamW"])
+def test_bitsandbytes_optimizers_of_32_bits_train_as_those_of_torch(name):
+    """Ranks move at the same steps, to the same matrices, and the losses are nearly the same."""
+    results = []
+    for path in (f"bitsandbytes.optim.{name}", "torch.optim.AdamW"):
+        *parts, allocator = training("bitsandbytes uint8", optimizer_class(path))
+        results.append((*train(*parts, allocator, range(1, 13)), allocator.ranks()))
+    (losses, *moved), (expected, *expected_moves) = results
+    assert moved == expected_moves and moved[0] == [4, 6, 8]
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
+
+
+def test_a_trainer_takes_a_quantized_model_once_it_is_not_marked_as_one(tmp_path):
+    """Marked so, it is refused; then it trains, resumes bit for bit, and saves no base."""
+    pytest.importorskip("bitsandbytes")
+    base().save_pretrained(tmp_path / "base")
+    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    def trained(marked, resume=None):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=four_bits, dtype=torch.float32, device_map="cpu")
+        torch.manual_seed(0)
+        inject(model, TARGETS, 2)
+        model.is_quantized = marked
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=24, per_device_train_batch_size=4, learning_rate=0.02,
+            save_steps=12, report_to=[], disable_tqdm=True, use_cpu=True)
+        rows = [dict(input_ids=ids, labels=ids) for ids in IDS.repeat(24, 1)]
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+        trainer.add_callback(MoveRanks(trainer))
+        trainer.train(resume_from_checkpoint=resume)
+        return adapter_state_dict(model)
+
+    with pytest.raises(ValueError, match="purely quantized"):
+        trained(marked=True)
+    whole = trained(marked=False)
+    assert len({len(x) for key, x in whole.items() if key.endswith("Lambda")}) > 1
+    assert load_file(tmp_path / "checkpoint-12/model.safetensors").keys() == whole.keys()
+    assert equal(trained(marked=False, resume=str(tmp_path / "checkpoint-12")), whole)
