@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRL_EXPERIMENTAL_SILENCE="1")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ import transformers
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
-WORDS = "a b c d e f g h i j k l m n o p".split()
+WORDS = [*"abcdefghijklmnop"]
 
 
 def llama(kind="LlamaForCausalLM", **sizes):
@@ -47,7 +47,7 @@ def equal(x, y):
         return torch.equal(x, y)
     if isinstance(x, dict):
         return x.keys() == y.keys() and all(equal(x[key], y[key]) for key in x)
-    return len(x) == len(y) and all(map(equal, x, y)) if isinstance(x, (list, tuple)) else x == y
+    return x == y
 
 
 @pytest.fixture
@@ -56,14 +56,13 @@ def calm_adam(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-3))
 
 
-@pytest.fixture(scope="session")
-def copied(tmp_path_factory):
+@pytest.fixture
+def copied(tmp_path):
     """A folder with elalora.py and the recipes beside it, and nothing else."""
-    folder = tmp_path_factory.mktemp("copied")
     for path in (ROOT / "elalora.py", *(ROOT / "recipes").glob("*.py")):
         if not path.name.startswith(("test_", "conftest")):
-            shutil.copy(path, folder)
-    return folder
+            shutil.copy(path, tmp_path)
+    return tmp_path
 
 
 def run(folder, *command, processes=0):

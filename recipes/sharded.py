@@ -1,7 +1,7 @@
-"""ElaLoRA under FSDP2: the frozen base is sharded, what is trained stays whole on every process.
+"""For a model that outgrew one GPU: under FSDP2 the frozen base is sharded, what is trained is not.
 
-For a model that outgrew one GPU. Start it with torchrun. This file and elalora.py are enough. Every
-process first loads the whole base on the CPU.
+Take this file, and start your script with torchrun. Every process first loads the whole base on
+the CPU.
 
     torch.distributed.init_process_group()  # and torch.cuda.set_device(LOCAL_RANK)
     model = inject(model, ["q_proj", "v_proj"], rank=8)

@@ -1,6 +1,6 @@
 """The laws of adapters on quantized layers of bitsandbytes and torchao, on a CPU.
 
-    pip install bitsandbytes==0.50.2 torchao==0.18.0  # else nearly all of them are skipped
+    pip install bitsandbytes==0.50.2 torchao==0.18.0  # else they are skipped
 """
 
 import importlib
@@ -21,10 +21,10 @@ from elalora import (
 
 KINDS = ["bitsandbytes uint8", "bitsandbytes bfloat16", "bitsandbytes int8"]  # 4 bits in two dtypes
 KINDS += ["torchao int8", "torchao int4", "torchao float8"]
-kinds = pytest.mark.parametrize("kind", KINDS)
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 IDS = torch.randint(64, (4, 8), generator=torch.Generator().manual_seed(0))
-pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not", "ignore:TorchaoLora")
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{start}")
+              for start in ("Paged optimizers are not", "TorchaoLora")]
 
 
 def base():
@@ -52,26 +52,24 @@ def quantized(model, kind):
     return model
 
 
-def training(kind, optimizer=torch.optim.AdamW, rank=2, **settings):
+def training(kind, optimizer=torch.optim.AdamW, rank=2):
     """An adapted model, its optimizer, and an allocator that moves ranks at steps 4, 6 and 8."""
     model = inject(quantized(base(), kind), TARGETS, rank)
-    optimizer = optimizer(trainable(model), lr=0.05, weight_decay=0.0, **settings)
+    optimizer = optimizer(trainable(model), lr=0.05, weight_decay=0.0)
     return model, optimizer, RankAllocator(model, optimizer, RankSchedule(12, 2, 2, 2, b=2), k=1)
 
 
 def train(model, optimizer, allocator, steps):
-    """The losses, and the steps at which ranks moved."""
-    losses, moves = [], []
-    for step in steps:
+    """The losses."""
+    losses = []
+    for _ in range(steps):
         loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
         optimizer.step()
-        adjustment = allocator.step()
-        if adjustment and adjustment.pruned:
-            moves.append(step)
+        allocator.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, moves
+    return losses
 
 
 def raw(value):
@@ -85,49 +83,37 @@ def raw(value):
     return value
 
 
-def assert_same_logits(*models):
-    """In training mode: eval() lets bitsandbytes round its weights again on some CPUs."""
-    with torch.no_grad():
-        got, expected = (model.train()(input_ids=IDS).logits for model in models)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+@torch.no_grad()
+def logits(model):
+    return model.train()(input_ids=IDS).logits  # eval() lets bitsandbytes round its weights again
 
 
-@kinds
-def test_it_trains_resumes_and_exports_on_a_quantized_base(kind, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_base_is_trained_on_resumed_and_exported(kind, tmp_path):
     """The loss falls, ranks move, the base keeps its bytes; resumed from the middle, and from
-    another rank, it ends alike; PEFT computes the same over an equal quantized base."""
+    another rank, it ends alike; PEFT computes the same over an equal base. merge() refuses it."""
     model, optimizer, allocator = training(kind)
     frozen = lambda: raw({key: w for key, w in model.state_dict().items()
                           if key not in adapter_state_dict(model)})
     before = frozen()
-    losses, moves = train(model, optimizer, allocator, range(1, 7))
+    losses = train(model, optimizer, allocator, 6)
     torch.save((adapter_state_dict(model), optimizer.state_dict()), tmp_path / "middle.pt")
-    later = train(model, optimizer, allocator, range(7, 13))
-    assert moves + later[1] == [4, 6, 8] and later[0][-1] < 0.95 * losses[0]
-    assert frozen() == before
+    later = train(model, optimizer, allocator, 6)
+    assert len({*allocator.ranks().values()}) > 1 and later[-1] < 0.95 * losses[0]
     other, optimizer, allocator = training(kind, rank=1)
-    adapters, of_optimizer = torch.load(tmp_path / "middle.pt", weights_only=True)
+    adapters, search = torch.load(tmp_path / "middle.pt", weights_only=True)
     load_adapter_state_dict(other, adapters)
-    optimizer.load_state_dict(of_optimizer)
-    assert train(other, optimizer, allocator, range(7, 13)) == later
+    optimizer.load_state_dict(search)
+    assert train(other, optimizer, allocator, 6) == later
     assert equal(adapter_state_dict(other), adapter_state_dict(model))
     export_peft(model, tmp_path, base_model_name="quantized")
     same = quantized(base(), kind)  # marked as transformers does, for PEFT
     same.is_loaded_in_4bit, same.is_loaded_in_8bit = kind in KINDS[:2], kind == KINDS[2]
-    assert_same_logits(peft.PeftModel.from_pretrained(same, tmp_path), model)
-
-
-@kinds
-def test_merging_refuses_a_quantized_weight_before_any_change(kind):
-    """An ordinary layer before it is not merged either."""
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    model[1] = quantized(model[1:], kind)[0]
-    for layer in inject(model, ["0", "1"], 2):
-        nn.init.normal_(layer.Lambda)
-    before = raw(model.state_dict())
-    with pytest.raises(ValueError, match="'1'.*quantized"):
+    loaded = peft.PeftModel.from_pretrained(same, tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="quantized"):
         merge(model)
-    assert raw(model.state_dict()) == before
+    assert frozen() == before
 
 
 def optimizer_class(path):
@@ -140,29 +126,27 @@ def optimizer_class(path):
     "torchao.optim.AdamW8bit", "torchao.optim.AdamW4bit", "torchao.optim.AdamWFp8",
     "bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"])
 def test_an_optimizer_of_packed_state_is_refused_at_the_first_step(path):
-    """Long before an adjustment, also where one layer alone is big enough for packed state."""
-    model = nn.Sequential(*(nn.Linear(16, size) for size in (16, 16, 512)))
-    inject(model, ["0", "1", "2"], rank=8)
+    """Before any rank moves, also where one layer alone is big enough for packed state."""
+    model = inject(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 512)), ["0", "1"], rank=8)
     optimizer = optimizer_class(path)(trainable(model))
     allocator = RankAllocator(model, optimizer, RankSchedule(12, 6, 2, 2, b=2), k=1)
-    nn.Sequential(model[0], model[2])(torch.randn(3, 16)).square().mean().backward()
+    model(torch.randn(3, 16)).square().mean().backward()
     with torch.compiler.set_stance("force_eager"):  # torchao compiles, which takes long
         optimizer.step()
-    before = raw(model.state_dict())
     with pytest.raises(ValueError, match="use an optimizer such as AdamW"):
         allocator.step()
-    assert raw(model.state_dict()) == before and allocator.t == 0
+    assert allocator.t == 0
 
 
 @pytest.mark.parametrize("name", ["AdamW", "PagedAdamW"])
 def test_bitsandbytes_optimizers_of_32_bits_train_as_those_of_torch(name):
-    """Ranks move at the same steps, to the same matrices, and the losses are nearly the same."""
+    """Ranks move to the same matrices, and the losses are nearly the same."""
     results = []
     for path in (f"bitsandbytes.optim.{name}", "torch.optim.AdamW"):
         *parts, allocator = training("bitsandbytes uint8", optimizer_class(path))
-        results.append((*train(*parts, allocator, range(1, 13)), allocator.ranks()))
-    (losses, *moved), (expected, *expected_moves) = results
-    assert moved == expected_moves and moved[0] == [4, 6, 8]
+        results.append((train(*parts, allocator, 12), allocator.ranks()))
+    (losses, ranks), (expected, expected_ranks) = results
+    assert ranks == expected_ranks and len({*ranks.values()}) > 1
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
 
 

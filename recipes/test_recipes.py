@@ -7,11 +7,9 @@ from pathlib import Path
 import accelerate
 import averaged
 import compiled
-import ddp
 import numpy as np
 import peft
 import pytest
-import sharded
 import torch
 import transformers
 from accelerate_loop import train as train_with_accelerate
@@ -110,46 +108,54 @@ class TestAnyTrainer:
     @pytest.fixture
     def done(self, kind, tmp_path):
         trainer, moves = make(kind, tmp_path, build())
-        before = {key: x.clone() for key, x in trainer.model.state_dict().items()}
         trainer.train()
-        return trainer, moves, before
+        return trainer, moves
 
     def test_it_trains_the_adapters_and_moves_ranks_once_per_optimizer_step(self, done, kind):
         """With 4 micro-batches in each; the base keeps its bits, the ranks their sum."""
-        trainer, moves, before = done
-        ranks = [*moves.allocator.ranks().values()]
-        assert moves.allocator.t == 24 and sum(ranks) == 8 and len({*ranks}) > 1
-        after = trainer.model.state_dict()
-        trained = adapter_state_dict(trainer.model).keys()
-        assert all(equal(after[key], before[key]) for key in before.keys() - trained)
-        assert all(layer.Lambda.any() for layer in moves.allocator.layers.values())
+        model, allocator = done[0].model, done[1].allocator
+        ranks = [*allocator.ranks().values()]
+        assert allocator.t == 24 and sum(ranks) == 8 and len({*ranks}) > 1
+        before, trained = build().state_dict(), adapter_state_dict(model)
+        assert all(equal(x, before[key]) for key, x in model.state_dict().items()
+                   if key not in trained)
+        assert all(layer.Lambda.any() for layer in allocator.layers.values())
 
     def test_it_resumes_bit_for_bit_from_another_rank(self, done, kind, tmp_path):
         """From a checkpoint, in a new trainer whose model starts at rank 3."""
         resumed, moves = make(kind, tmp_path, build(rank=3))
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
-        assert moves.allocator.t == 24 and resumed.state.global_step == 24
+        assert moves.allocator.t == resumed.state.global_step == 24
         assert equal(adapter_state_dict(resumed.model), adapter_state_dict(done[0].model))
 
     def test_a_checkpoint_holds_the_adapter_alone(self, done, kind, tmp_path):
         """And save_model() of the unmerged model, too; a merged one is saved whole."""
-        trainer, _, _ = done
+        trainer, _ = done
         trainer.save_model(str(tmp_path / "unmerged"))
-        for folder in ("checkpoint-12", "checkpoint-24", "unmerged"):
-            state = load_file(tmp_path / folder / "model.safetensors")
-            assert state.keys() == adapter_state_dict(trainer.model).keys()
-        assert equal(state, adapter_state_dict(trainer.model))
+        state = adapter_state_dict(trainer.model)
+        assert equal(load_file(tmp_path / "unmerged/model.safetensors"), state)
+        assert load_file(tmp_path / "checkpoint-12/model.safetensors").keys() == state.keys()
         merge(trainer.model)
         trainer.save_model(str(tmp_path / "merged"))
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         assert equal(loaded.state_dict(), trainer.model.state_dict())
 
-    def test_it_exports_to_peft(self, done, kind, tmp_path):
-        """What PEFT loads computes the same."""
-        export_peft(done[0].model, tmp_path / "peft", "llama")
-        loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "peft").eval()
+    def test_it_exports_to_peft_and_to_readers_that_know_one_rank(self, done, kind, tmp_path):
+        """PEFT computes the same. vLLM, SGLang and llama.cpp compute W0 + alpha / r B A."""
+        model = done[0].model.eval()
+        export_peft(model, tmp_path, "llama")
+        loaded = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
         with torch.no_grad():
-            close(loaded(IDS).logits, done[0].model.eval()(IDS).logits)
+            close(loaded(IDS).logits, model(IDS).logits)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        base, merged = llama(), merge(model)
+        for name in config["target_modules"]:
+            A, B = (tensors.pop(f"base_model.model.{name}.lora_{x}.weight") for x in "AB")
+            W0, W = (m.get_submodule(name).weight for m in (base, merged))
+            assert len(A) == config["r"] == B.shape[1]
+            close(W0 + config["lora_alpha"] / config["r"] * B @ A, W)
+        assert not tensors and not config["modules_to_save"]
 
 
 # ---- The Trainer of transformers ----
@@ -433,3 +439,29 @@ def test_the_language_model_resumes_and_exports_with_the_same_loss(copied, tmp_p
         float, re.findall(r"(?:loss|before,|exported:) (\d+\.\d+)", said))
     assert before == again and after < before and after == resumed
     assert exported == pytest.approx(after, abs=1e-5)
+
+
+# ---- README.md ----
+def tiny(config, kind):
+    """A model of one layer."""
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    sizes |= dict(d_model=16, encoder_layers=1, decoder_layers=1, num_key_value_heads=1)
+    sizes |= dict(n_embd=16, n_layer=1, n_head=2, vocab_size=40, pad_token_id=0)
+    config = getattr(transformers, f"{config}Config")(**sizes)
+    return getattr(transformers, f"AutoModelFor{kind}").from_config(config)
+
+
+@pytest.mark.parametrize("row, config, kind", [
+    *[("Llama", name, "CausalLM") for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma3Text")],
+    *[("BERT", name, "SequenceClassification") for name in ("Bert", "Roberta")],
+    ("DeBERTaV3", "DebertaV2", "SequenceClassification"), ("BART", "Bart", "Seq2SeqLM"),
+    ("ViT", "ViT", "ImageClassification"), ("GPT-2", "GPT2", "CausalLM")])
+def test_the_names_of_the_table_are_all_matrices_of_a_layer(row, config, kind):
+    """What they leave out of the linear layers is the head."""
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| {row}")]
+    model = tiny(config, kind)
+    linear = {name for name, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
+    inject(model, re.findall("`(.+?)`", line), 2)
+    layers = {name for name, module in model.named_modules() if isinstance(module, SVDLinear)}
+    heads = ("lm_head", "classifier", "pooler")
+    assert layers == {name for name in linear if not name.removeprefix("bert.").startswith(heads)}
