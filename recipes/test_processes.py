@@ -7,6 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -114,6 +115,7 @@ def main(folder):
     got["best"] = trained_by_trainer(folder / "best", **BEST)
     model = net()
     accelerated(model, folder / "accelerate")
+    assert accelerate.PartialState().num_processes == 2
     got["accelerate"] = adapter_state_dict(model)
     model = net()
     ddp.train(model, [(x[process::2], y[process::2]) for x, y in batches()], SCHEDULE)
