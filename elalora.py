@@ -128,7 +128,6 @@ def update_averages(w: Tensor, gradient: Tensor, I_bar: Tensor, U_bar: Tensor, b
     """Eq. 1 and 3: the next I_bar and U_bar of weights w; all have the shape of w.
 
     Algorithm 1 scores after the update: w is the new weight, the gradient is that at the old one.
-    A score is I_bar * U_bar: weights whose use is uncertain are not pruned early (PLATON).
     """
     I = (w * gradient).abs()  # eq. 1
     I_bar = beta1 * I_bar + (1 - beta1) * I  # eq. 3
@@ -158,10 +157,10 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
         3. prune          1 (A), 2 (B)                              b from the front
         4. grow           C and B                                   b from the back, one rank each
 
-    Each candidate is pruned, or wins one rank, or neither: a matrix loses and gains at most k ranks
-    in sum. Ours: a matrix keeps min_rank ranks; one that is kept for this may still win a rank. No
-    matrix grows beyond its entry in max_ranks. If b moves are not possible, the largest possible
-    number is made. Of equal scores, pruning takes the first in the model, and growth the last.
+    A candidate is pruned, or wins its matrix one rank, or neither. So losses and gains of a matrix
+    are at most k together. Ours: a matrix keeps min_rank ranks, but each of its candidates that is
+    not pruned can win. No matrix grows beyond max_ranks. If b moves are impossible, as many as are
+    possible are made. Of equal scores, pruning takes the first in the model, and growth the last.
     """
     candidates: list[Candidate] = []
     prunable: list[Candidate] = []
@@ -171,7 +170,7 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
         prunable += ascending[: min(k, max(0, len(S) - min_rank))]  # those above min_rank
     candidates.sort()  # step 2
     prunable.sort()
-    for n in range(min(b, len(prunable)), 0, -1):
+    for n in range(min(b, len(prunable)), 0, -1):  # fewer, until as many can grow
         pruned = prunable[:n]  # step 3
         ranks = Counter({name: len(S) for name, S in scores.items()})
         ranks.subtract(candidate.name for candidate in pruned)
@@ -190,7 +189,7 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
 
 
 def new_directions(P: Tensor, Q: Tensor, n: int, generator: torch.Generator | None
-              ) -> tuple[Tensor, Tensor]:
+                   ) -> tuple[Tensor, Tensor]:
     """n columns to append to P (d_out, r), and n rows to append to Q (r, d_in).
 
     They are drawn rank by rank on the CPU: the first ones are the same for any n and any device.
@@ -221,9 +220,9 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
 
     Ours: a new rank has a singular value of 0, so the output does not change. Parameters stay the
     same objects. In states (optimizer.state, or {}) kept ranks keep their entries, new ranks get 0.
-    Adam's step count stays, so the first updates of a new rank are longer, up to 7.3 learning rates
-    (with the default betas). Raises ValueError, before any change, if keep is empty or not distinct
-    ranks, or if there is no room.
+    Adam's step count stays, so the first updates of a new rank can be longer than usual: at most
+    (0.01 / 0.001 / (1 - 0.9^2 / 0.999))^0.5 = 7.3 learning rates, by Cauchy-Schwarz. Raises
+    ValueError, before any change, if keep is empty or not distinct, or if there is no room.
     """
     _check_resize(layer, keep, n_new)
     kept_P = _take(layer.P, keep, RANK_DIM["P"])  # (d_out, kept)
@@ -237,7 +236,7 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
             zeros = torch.zeros_like(new[factor], dtype=state[key].dtype)
             state[key] = torch.cat([_take(state[key], keep, dim), zeros], dim)
         w.grad = None  # of the old shape
-        # set_(), not .data = ...: an earlier graph may still exist, and then .data would break it.
+        # set_(), not .data = ...: that would break an earlier graph, if one still exists.
         w.set_(torch.cat([_take(w, keep, dim), new[factor]], dim))
 
 
@@ -278,7 +277,7 @@ class RankSchedule:
         if searched <= 0 or step > self.search_end or searched % self.adjust_interval:
             return 0
         progress = Fraction(searched, self.search_end - self.warmup_steps)  # eq. 4, exact
-        return round(self.b * SHAPES[self.shape](progress))  # eq. 5; halves go to the even number
+        return round(self.b * SHAPES[self.shape](progress))  # eq. 5; Python rounds halves to even
 
 
 # ---- Algorithm 1 ----
@@ -328,7 +327,7 @@ class RankAllocator:
         t = self.t + 1
         self.optimizer.param_groups[0]["elalora_step"] = t
         if t <= self.schedule.search_end:
-            _update_states(self)  # eq. 1 and 3 for every factor
+            _update_states(self)  # update_averages() of every factor with a gradient
         b = self.schedule.budget(t)
         if b == 0:
             return None
@@ -344,7 +343,10 @@ class RankAllocator:
         return Adjustment(t, b, pruned, expanded, scores)
 
     def importance(self) -> dict[str, Tensor]:
-        """Module name -> S_i = s(Lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij), (rank,)."""
+        """Module name -> S_i = s(Lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij), (rank,).
+
+        s = I_bar * U_bar: a weight whose use is uncertain is not pruned early (PLATON).
+        """
         S = {}
         for name, layer in self.layers.items():
             s = {}
