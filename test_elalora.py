@@ -1452,6 +1452,8 @@ REFUSED = [
                    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))]],
     ("the weight of 'layers.0.query' is .* or on the meta device", lambda s: merge(s.model),
      lambda s: s.query.base_layer.to("meta")),
+    (r"a base weight became \[9, 6\], its update is \[5, 6\]; resize", lambda s: merge(s.model),
+     lambda s: setattr(s.query.base_layer, "weight", nn.Parameter(torch.ones(9, 6)))),
     # the export
     (r"name \['0', '2'\]: a layer stands in two", Stage.export, lambda s: s.use(twice())),
     ("name the model itself", Stage.export, lambda s: s.use(SVDLinear(nn.Linear(4, 4), 2))),
