@@ -437,8 +437,10 @@ def tied():
 
 # ---- Section 3.1: inject ----
 def test_names_match_by_whole_components_from_the_right():
-    """`0.dense` matches `layers.0.dense`, and `k` matches neither `block` nor `xk`."""
+    """`0.dense` matches `layers.0.dense`, and `k` matches neither `block` nor `xk`. A model for
+    inference stays one."""
     assert list(adapted_layers(inject(Net(), ["0.dense"], 2))) == ["layers.0.dense"]
+    assert not any(module.training for module in inject(Net().eval(), ["dense"], 2).modules())
     model = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("k", "block", "xk")})
     assert list(adapted_layers(inject(model, ["k"], 1))) == ["k"]
 
@@ -1175,6 +1177,8 @@ def assert_readers_agree(model, config, tensors):
     assert not {"rank_pattern", "alpha_pattern"} & config.keys()
     assert config["lora_dropout"] == next(iter(layers.values())).dropout.p
     assert config["base_model_name_or_path"] == "a/base"
+    linear = all(isinstance(layer.base_layer, nn.Linear) for layer in layers.values())
+    assert config["fan_in_fan_out"] == (not linear)
     for name, layer in layers.items():
         A, B = (array(tensors[f"base_model.model.{name}.lora_{x}.weight"]) for x in "AB")
         P, Lambda, Q = map(array, factors(layer))
@@ -1226,15 +1230,16 @@ def test_peft_computes_what_the_exported_model_computes(build, tmp_path, process
 
 
 @pytest.mark.parametrize("name", ["XForCausalLM", "XLMHeadModel", "XForTokenClassification"])
-def test_the_task_type_is_pefts_and_several_may_write(name, tmp_path):
+def test_the_task_type_is_pefts_and_several_may_write(name, tmp_path, monkeypatch):
     """By the name of the class. No process meets the temporary file of another; none is left."""
-    pytest.importorskip("safetensors")
-    net = adapted_net()
+    safetensors, paths, net = pytest.importorskip("safetensors.torch"), [], adapted_net()
+    save = safetensors.save_file
+    monkeypatch.setattr(safetensors, "save_file", lambda x, path: (paths.append(path), save(x, path)))
     net.__class__ = type(name, (Net,), {})
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: export_peft(net, tmp_path, "base"), range(8)))
     written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == ["adapter_config.json", "adapter_model.safetensors"]
+    assert written == ["adapter_config.json", "adapter_model.safetensors"] and len({*paths}) == 8
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["task_type"] == ("CAUSAL_LM" if "LM" in name else None)
     assert config["modules_to_save"] == ["head"]
@@ -1452,6 +1457,8 @@ REFUSED = [
                    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))]],
     ("the weight of 'layers.0.query' is .* or on the meta device", lambda s: merge(s.model),
      lambda s: s.query.base_layer.to("meta")),
+    (r"a base weight became \[9, 6\], its update is \[5, 6\]; resize", lambda s: merge(s.model),
+     lambda s: setattr(s.query.base_layer, "weight", nn.Parameter(torch.ones(9, 6)))),
     # the export
     (r"name \['0', '2'\]: a layer stands in two", Stage.export, lambda s: s.use(twice())),
     ("name the model itself", Stage.export, lambda s: s.use(SVDLinear(nn.Linear(4, 4), 2))),
