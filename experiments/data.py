@@ -1,7 +1,6 @@
 """What GLUE, XSum and VTAB share: pre-trained models, data sets, batches, predictions."""
 
 import csv
-import functools
 import hashlib
 import itertools
 import math
@@ -37,12 +36,6 @@ def check_files(model: str | None, data_dir: str | None, folders: list[Path]) ->
         raise ValueError(f"--data-dir: {data_dir} is not a folder")
 
 
-@functools.cache
-def say(line: str) -> None:
-    """Prints a line, but once, however many runs have cause to."""
-    print(line, flush=True)
-
-
 # ---- Models ----
 def pretrained(auto: type, model: str, **arguments):
     """from_pretrained, with an error that names the model."""
@@ -65,13 +58,13 @@ def with_new_head(auto: type, model: str, labels: int) -> nn.Module:
     """
     problem_type = "regression" if labels == 1 else "single_label_classification"
     found, loading = pretrained(
-        auto, model, num_labels=labels, problem_type=problem_type, dtype=torch.float32,
-        ignore_mismatched_sizes=True, output_loading_info=True)
+        auto, model, num_labels=labels, problem_type=problem_type, ignore_mismatched_sizes=True,
+        dtype=torch.float32, output_loading_info=True)  # DeBERTaV3's float16 is NaN after a step
     head = {name for name in found.state_dict() if name.startswith("classifier.")}
     if wrong := {name for name, *_ in loading["mismatched_keys"]} - head:
         raise ValueError(f"--model: {model}: {min(wrong)} has another shape than config.json says")
     if head - {*loading["missing_keys"]}:
-        say(f"{model} has a classifier of another task: a new one takes its place")
+        print(f"{model} has a classifier of another task: a new one takes its place", flush=True)
         found.classifier = auto.from_config(found.config).classifier
     return found
 
@@ -84,7 +77,8 @@ def most_tokens(model: nn.Module, limit: int) -> int:
             before = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's
             most = min(most, table.num_embeddings - getattr(table, "offset", before))  # BART's
     if most < limit:
-        say(f"texts are cut at {most} tokens, not at {limit}: the model has no more positions")
+        print(f"texts are cut at {most} tokens, not at {limit}: the model has no more positions",
+              flush=True)
     return most
 
 

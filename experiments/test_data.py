@@ -1,7 +1,6 @@
 """The laws of experiments/data.py: data, batches, losses and predictions, by any processes."""
 
 import contextlib
-import json
 import math
 import re
 import shutil
@@ -214,12 +213,11 @@ TINY = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_head
     ("Bert", 20), ("Electra", 20), ("Roberta", 18), ("Camembert", 18), ("Bart", 20),
     ("MBart", 20), ("DebertaV2", 30)])  # fmt: skip
 def test_texts_are_cut_where_a_model_fails(name, positions, capsys):
-    """By its forward pass, which takes that many tokens and no more. The cut is printed, once."""
+    """By its forward pass, which takes that many tokens and no more. A cut is printed."""
     config = getattr(transformers, f"{name}Config")(**TINY, eos_token_id=2, position_biased_input=False)
     model = getattr(transformers, f"{name}Model")(config)
-    data.say.cache_clear()
-    assert data.most_tokens(model, 30) == data.most_tokens(model, 30) == positions
-    assert capsys.readouterr().out.count("cut at") == (positions < 30)
+    assert data.most_tokens(model, 30) == positions
+    assert (f"cut at {positions} tokens" in capsys.readouterr().out) == (positions < 30)
     model(input_ids=torch.full((1, positions), 3))
     with pytest.raises((IndexError, RuntimeError)) if positions < 30 else contextlib.nullcontext():
         model(input_ids=torch.full((1, positions + 1), 3))
@@ -236,7 +234,6 @@ def test_a_base_keeps_nothing_of_the_task_it_was_trained_for(
     config = transformers.BertConfig(**TINY, num_labels=had or 2, problem_type=remembered)
     base = transformers.BertForSequenceClassification(config)
     (base if had else base.bert).save_pretrained(tmp_path)
-    data.say.cache_clear()
     model = data.with_new_head(auto, str(tmp_path), labels).eval()
     assert (f"{tmp_path} has a classifier of another task" in capsys.readouterr().out) == bool(had)
     assert not torch.equal(model.classifier.weight[0], base.classifier.weight[0])
@@ -245,10 +242,6 @@ def test_a_base_keeps_nothing_of_the_task_it_was_trained_for(
     found = model(input_ids=ids, labels=y if labels > 1 else y.float())
     expected = np.mean([loss for _, loss in data.guesses(found.logits, y)])
     assert found.loss.item() == pytest.approx(expected, rel=1e-5)
-    config = json.loads((tmp_path / "config.json").read_text()) | dict(intermediate_size=4)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="intermediate.dense.bias has another shape than config"):
-        data.with_new_head(auto, str(tmp_path), labels)
 
 
 # ---- What is adapted ----

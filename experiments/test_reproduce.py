@@ -267,6 +267,11 @@ def with_label(rows, label):
     return rows.set_column(column, "label", [[*rows["label"].to_pylist()[:-1], label]])
 
 
+def without_a_document(rows):
+    documents = rows["document"].to_pylist()
+    return rows.set_column(0, "document", [[documents[0], None, *documents[2:]]])
+
+
 def unlike_bert(root):
     shutil.rmtree(root / "deberta")
     shutil.copytree(root / "bart", root / "deberta")
@@ -280,6 +285,10 @@ HOSTILE = {  # the task, what is done to a copy of the world, the error
     "BART": ("rte", unlike_bert, "--model: .*has no matrices named query, key.*this task adapts"),
     "label": ("rte", rewrite("glue/rte", "train", lambda rows: with_label(rows, -1)),
               "train: the label is -1, not"),
+    "other sizes": ("rte", bad("deberta/config.json", lambda x: x.replace(b": 32", b": 16")),
+                    "intermediate.dense.bias has another shape than config.json says"),
+    "a test article": ("xsum", rewrite("xsum/data", "test", without_a_document),
+                       "data, test: the document is missing .row 2 of 7."),
     "no column": ("xsum", rewrite("xsum/data", "train", lambda rows: rows.drop_columns("summary")),
                   "xsum has no data set that can be read|no column 'summary', only document"),
     "a broken file": ("xsum", bad("xsum/data/train*", lambda x: b"PAR1"),
