@@ -251,8 +251,9 @@ def main(argv: list[str] | None = None) -> None:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         own = Path(raised_in).parent in (Path(__file__).parent, Path(report.__file__).parent)
         if isinstance(error, ValueError) and (error.__cause__ or not own):  # a library's
-            path, text = Path(args.output_dir, "traceback.txt"), traceback.format_exc()
-            report.write(path, lambda path: path.write_text(text))
+            path = Path(args.output_dir, "traceback.txt")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(traceback.format_exc())
             hint = f" (all of it: {path})"
         print(f"reproduce.py: error: {str(error).strip().splitlines()[0]}{hint}", file=sys.stderr)
         sys.exit(2)

@@ -64,7 +64,7 @@ def with_new_head(auto: type, model: str, labels: int) -> nn.Module:
     if wrong := {name for name, *_ in loading["mismatched_keys"]} - head:
         raise ValueError(f"--model: {model}: {min(wrong)} has another shape than config.json says")
     if head - {*loading["missing_keys"]}:
-        print(f"{model} has a classifier of another task: a new one takes its place", flush=True)
+        print(f"{model} has a classifier of another task: a new one takes its place")
         found.classifier = auto.from_config(found.config).classifier
     return found
 
@@ -77,8 +77,7 @@ def most_tokens(model: nn.Module, limit: int) -> int:
             before = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's
             most = min(most, table.num_embeddings - getattr(table, "offset", before))  # BART's
     if most < limit:
-        print(f"texts are cut at {most} tokens, not at {limit}: the model has no more positions",
-              flush=True)
+        print(f"texts are cut at {most} tokens, not at {limit}: the model has no more positions")
     return most
 
 
@@ -113,8 +112,8 @@ def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Seque
         if data_dir:
             found = datasets.load_dataset_builder(source, task, cache_dir=cache).config
             if hasattr(found, "keep_default_na"):
-                options = dict(keep_default_na=False, na_values=[""])
-                options |= dict(quoting=csv.QUOTE_NONE) if found.sep == "\t" else {}
+                quoting = csv.QUOTE_NONE if found.sep == "\t" else found.quoting
+                options = dict(keep_default_na=False, na_values=[""], quoting=quoting)
         try:
             loaded = datasets.load_dataset(source, task, cache_dir=cache, **options)
         except RuntimeError:  # of a hub repository that still has a loading script
