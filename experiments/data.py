@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
+from transformers import AutoConfig
 
 from experiments import problem as shared
 from experiments.problem import DEVICE, autocast, chosen, mean_of_processes, seed_of
@@ -56,16 +57,18 @@ def with_new_head(auto: type, model: str, labels: int) -> nn.Module:
     Of the task that a checkpoint was fine-tuned for, neither the classifier nor the kind of loss is
     kept. ValueError if other weights than the classifier's have not the shapes of its config.json.
     """
-    problem_type = "regression" if labels == 1 else "single_label_classification"
+    config = pretrained(AutoConfig, model)
+    config.problem_type = "regression" if labels == 1 else "single_label_classification"
+    config.num_labels = labels
     found, loading = pretrained(
-        auto, model, num_labels=labels, problem_type=problem_type, ignore_mismatched_sizes=True,
-        dtype=torch.float32, output_loading_info=True)  # DeBERTaV3's float16 is NaN after a step
+        auto, model, config=config, ignore_mismatched_sizes=True, output_loading_info=True,
+        dtype=torch.float32)  # not the checkpoint's: DeBERTaV3's float16 is NaN after a step
     head = {name for name in found.state_dict() if name.startswith("classifier.")}
     if wrong := {name for name, *_ in loading["mismatched_keys"]} - head:
         raise ValueError(f"--model: {model}: {min(wrong)} has another shape than config.json says")
     if head - {*loading["missing_keys"]}:
         print(f"{model} has a classifier of another task: a new one takes its place")
-        found.classifier = auto.from_config(found.config).classifier
+        found.classifier = auto.from_config(config).classifier
     return found
 
 

@@ -224,8 +224,9 @@ def test_texts_are_cut_where_a_model_fails(name, positions, capsys):
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-@pytest.mark.parametrize("had", [None, 1, 2, 3])
-@pytest.mark.parametrize("remembered", [None, "multi_label_classification", "regression"])
+@pytest.mark.parametrize("had, remembered", [
+    (None, None), (None, "single_label_classification"), (None, "regression"), (1, "regression"),
+    (2, "multi_label_classification"), (2, "single_label_classification"), (3, None)])  # fmt: skip
 def test_a_base_keeps_nothing_of_the_task_it_was_trained_for(
     labels, had, remembered, tmp_path, capsys
 ):
