@@ -326,6 +326,14 @@ def test_results_that_are_broken_or_anothers_are_named(content, tmp_path, refusa
     assert re.search(message, refusal()) and path.read_text() == content
 
 
+def test_the_traceback_of_a_librarys_error_is_kept(monkeypatch, refusal):
+    """In a file that the one line names. An error of this project says all itself."""
+    assert "traceback" not in refusal("--targets", "bias")
+    monkeypatch.setattr(reproduce, "check_files", lambda *_: json.loads("x"))
+    assert refusal().endswith("(all of it: runs/traceback.txt)")
+    assert "json/decoder.py" in Path("runs/traceback.txt").read_text()
+
+
 # ---- Several processes ----
 def test_two_processes_make_the_run_that_one_makes(world, tmp_path, monkeypatch, refusal):
     """By the command line, without dropout, whose draws differ: losses, metrics and ranks are those
