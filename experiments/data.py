@@ -131,18 +131,21 @@ def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Seque
     for split in splits:
         if split not in loaded or not len(loaded[split]):
             raise ValueError(f"{source}: no examples in the split {split!r}")
-        if missing := {*columns} - {*loaded[split].column_names}:
-            raise ValueError(f"{source}: the split {split!r} has no column {min(missing)!r}, only "
-                             f"{', '.join(loaded[split].column_names)}")
-        for column in columns:
-            values = loaded[split].data.column(column)  # pyarrow's, so that no text is decoded
-            where = f"{source}, {task or 'data'}, {split}: the {column}"
-            if values.null_count:
-                row = values.is_null().index(True).as_py() + 1
-                raise ValueError(f"{where} is missing (row {row} of {len(values)})")
-            if column != "label" and str(values.type) not in ("string", "large_string"):
-                raise ValueError(f"{where} is of type {values.type}, not a text")
+        check_columns(loaded[split], columns, f"{source}, {task or 'data'}, {split}")
     return [loaded[split] for split in splits]
+
+
+def check_columns(rows, columns: Sequence[str], where: str) -> None:
+    """Raises ValueError for a column that is not there, lacks a value, or should be texts."""
+    for column in columns:
+        if column not in rows.column_names:
+            raise ValueError(f"{where}: no column {column!r}, only {', '.join(rows.column_names)}")
+        values = rows.data.column(column)  # pyarrow's, so that no text is decoded
+        if values.null_count:
+            row = values.is_null().index(True).as_py() + 1
+            raise ValueError(f"{where}: the {column} is missing (row {row} of {len(values)})")
+        if column != "label" and str(values.type) not in ("string", "large_string"):
+            raise ValueError(f"{where}: the {column} is of type {values.type}, not a text")
 
 
 def cast_labels(labels: Iterable, count: int, where: str) -> list[int] | list[float]:

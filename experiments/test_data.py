@@ -206,7 +206,8 @@ def test_labels_are_cast_to_what_the_loss_needs(count, right, wrong):
 # ---- Pre-trained models ----
 TINY = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, d_model=8,
             intermediate_size=8, max_position_embeddings=20, encoder_layers=1, decoder_layers=1,
-            encoder_attention_heads=2, decoder_attention_heads=2)  # fmt: skip
+            encoder_attention_heads=2, decoder_attention_heads=2, eos_token_id=2,
+            position_biased_input=False)  # fmt: skip
 
 
 @pytest.mark.parametrize("name, positions", [
@@ -214,7 +215,7 @@ TINY = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_head
     ("MBart", 20), ("DebertaV2", 30)])  # fmt: skip
 def test_texts_are_cut_where_a_model_fails(name, positions, capsys):
     """By its forward pass, which takes that many tokens and no more. A cut is printed."""
-    config = getattr(transformers, f"{name}Config")(**TINY, eos_token_id=2, position_biased_input=False)
+    config = getattr(transformers, f"{name}Config")(**TINY)
     model = getattr(transformers, f"{name}Model")(config)
     assert data.most_tokens(model, 30) == positions
     assert (f"cut at {positions} tokens" in capsys.readouterr().out) == (positions < 30)

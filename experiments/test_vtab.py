@@ -52,10 +52,10 @@ IMAGES = {  # the file, what is in it, and what is read or what the error says
     "16 bits": ("a.png", GRAY * np.uint16(257), GRAY),
     "16 bits, big-endian": ("a.tif", (GRAY * np.uint16(257)).astype(">u2"), GRAY),
     "32 bits that hold 16": ("a.tif", GRAY * np.int32(257), GRAY),
-    "32 bits": ("a.tif", GRAY * np.int32(300), "values from 0 to 76500, not 0 to 65535"),
+    "32 bits": ("a.tif", GRAY * np.int32(300), "from 0 to 76500, not from 0 to 65535"),
     "floats": ("a.tif", GRAY / np.float32(255), GRAY),
-    "large floats": ("a.tif", GRAY + np.float32(0), "values from 0 to 255, not 0 to 1"),
-    "no numbers": ("a.tif", GRAY + np.float32("nan"), "values from nan to nan"),
+    "large floats": ("a.tif", GRAY + np.float32(0), "from 0 to 255, not from 0 to 1"),
+    "no numbers": ("a.tif", GRAY + np.float32("nan"), "from nan to nan"),
 }  # fmt: skip
 
 

@@ -53,8 +53,9 @@ def in_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         highest = 1 if image.mode == "F" else 2**16 - 1
         values = np.asarray(image, dtype=float)
-        if not 0 <= values.min() <= values.max() <= highest:
-            raise ValueError(f"values from {values.min():g} to {values.max():g}, not 0 to {highest}")
+        least, most = values.min(), values.max()
+        if not 0 <= least <= most <= highest:
+            raise ValueError(f"values are from {least:g} to {most:g}, not from 0 to {highest}")
         image = Image.fromarray((values * 255 / highest).round().astype(np.uint8))
     return image
 
