@@ -74,14 +74,16 @@ def test_summaries_are_generated_only_after_the_last_epoch_with_8_beams(world):
         assert (call["num_beams"], call["max_length"], xsum.DECODING_BATCH) == (8, 12, 64)
 
 
-def test_articles_of_more_tokens_than_the_model_has_positions_are_cut(world, tmp_path):
-    """Also those of the test split, which are read last."""
+def test_texts_of_more_tokens_than_the_model_has_positions_are_cut(world, tmp_path, monkeypatch):
+    """Articles and summaries, given and generated; also in the test split, which is read last."""
+    monkeypatch.setattr(xsum, "SUMMARY_TOKENS", 300)
     for split in ("train", "validation", "test"):
-        rows = [dict(document="the cat " * 400, summary="a cat")]
+        rows = [dict(document="the cat " * 400, summary="a cat " * 400)]
         write_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet", rows)
     problem = problem_of(world, data_dir=str(tmp_path))
     ((chunk,),) = problem.batches(1)
-    assert chunk["input_ids"].shape == (1, 256) and problem.loss(problem.model, [chunk]).isfinite()
+    assert chunk["input_ids"].shape == chunk["labels"].shape == (1, 256)
+    assert problem.loss(problem.model, [chunk]).isfinite()
     assert [*problem.evaluate(True)] == [*xsum.ROUGE, "validation_loss"]
 
 
