@@ -49,12 +49,13 @@ def test_a_zip_and_its_folder_hold_the_same_examples(world, tmp_path, monkeypatc
 GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 IMAGES = {  # the file, what is in it, and what is read or what the error says
     "8 bits": ("a.png", GRAY, GRAY),
-    "16 bits": ("a.png", GRAY * np.uint16(257), GRAY),
+    "16 bits": ("a.png", GRAY * np.uint16(257) - np.uint16(100) * (GRAY > 0), GRAY),  # rounded
     "16 bits, big-endian": ("a.tif", (GRAY * np.uint16(257)).astype(">u2"), GRAY),
     "32 bits that hold 16": ("a.tif", GRAY * np.int32(257), GRAY),
     "32 bits": ("a.tif", GRAY * np.int32(300), "from 0 to 76500, not from 0 to 65535"),
     "floats": ("a.tif", GRAY / np.float32(255), GRAY),
     "large floats": ("a.tif", GRAY + np.float32(0), "from 0 to 255, not from 0 to 1"),
+    "negative": ("a.tif", GRAY / np.float32(255) - 1, "from -1 to 0, not from 0 to 1"),
     "no numbers": ("a.tif", GRAY + np.float32("nan"), "from nan to nan"),
 }  # fmt: skip
 
