@@ -100,6 +100,7 @@ import json
 import os
 import shlex
 import statistics
+import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -247,6 +248,13 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         from_hub = isinstance(error, OSError) and error.errno is None
         hint = " (without the hub: --model FOLDER --data-dir FOLDER)" if from_hub else ""
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        own = Path(raised_in).parent in (Path(__file__).parent, Path(report.__file__).parent)
+        if isinstance(error, ValueError) and (error.__cause__ or not own):  # a library's
+            path = Path(args.output_dir, "traceback.txt")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(traceback.format_exc())
+            hint = f" (all of it: {path})"
         print(f"reproduce.py: error: {str(error).strip().splitlines()[0]}{hint}", file=sys.stderr)
         sys.exit(2)
 

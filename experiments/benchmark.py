@@ -24,7 +24,7 @@ import transformers
 from torch import nn
 
 from experiments import glue, report
-from experiments.data import check_files, matrices, pretrained
+from experiments.data import check_files, matrices, with_new_head
 from experiments.methods import METHODS
 from experiments.problem import DEVICE, Problem, autocast, commit, versions
 from experiments.tables import FAMILIES, FAMILY_OF, Config, Recipe, recipe_of
@@ -38,8 +38,7 @@ timer = torch.utils.benchmark.timer  # waits for the GPU
 def random_tokens(config: Config, recipe: Recipe) -> Problem:
     """Texts of one length for an encoder, of random weights if the run names none."""
     if config.model:
-        model = pretrained(transformers.AutoModelForSequenceClassification, config.model,
-                           num_labels=2, dtype=torch.float32)
+        model = with_new_head(transformers.AutoModelForSequenceClassification, config.model, 2)
     else:
         model = transformers.DebertaV2ForSequenceClassification(transformers.DebertaV2Config(
             hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,

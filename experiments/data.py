@@ -1,17 +1,19 @@
 """What GLUE, XSum and VTAB share: pre-trained models, data sets, batches, predictions."""
 
+import csv
 import hashlib
 import itertools
 import math
 import os
 import random
 import tempfile
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
+from transformers import AutoConfig
 
 from experiments import problem as shared
 from experiments.problem import DEVICE, autocast, chosen, mean_of_processes, seed_of
@@ -46,7 +48,40 @@ def pretrained(auto: type, model: str, **arguments):
         if isinstance(error, OSError) and error.errno is None:
             raise  # transformers names what it did not find
         raise ValueError(f"--model: {model} cannot be loaded, {type(error).__name__}: "
-                         f"{str(error).strip()}") from None
+                         f"{str(error).strip()}") from error
+
+
+def with_new_head(auto: type, model: str, labels: int) -> nn.Module:
+    """A pre-trained model with a new head for so many classes, or for a number if labels is 1.
+
+    Of the task that a checkpoint was fine-tuned for, neither the classifier nor the kind of loss is
+    kept. ValueError if other weights than the classifier's have not the shapes of its config.json.
+    """
+    config = pretrained(AutoConfig, model)
+    config.problem_type = "regression" if labels == 1 else "single_label_classification"
+    config.num_labels = labels
+    found, loading = pretrained(
+        auto, model, config=config, ignore_mismatched_sizes=True, output_loading_info=True,
+        dtype=torch.float32)  # not the checkpoint's: DeBERTaV3's float16 is NaN after a step
+    head = {name for name in found.state_dict() if name.startswith("classifier.")}
+    if wrong := {name for name, *_ in loading["mismatched_keys"]} - head:
+        raise ValueError(f"--model: {model}: {min(wrong)} has another shape than config.json says")
+    if head - {*loading["missing_keys"]}:
+        print(f"{model} has a classifier of another task: a new one takes its place")
+        found.classifier = auto.from_config(config).classifier
+    return found
+
+
+def most_tokens(model: nn.Module, limit: int) -> int:
+    """The limit, or the number of the model's positions if it is smaller, which is printed."""
+    most = limit
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and "position" in name.rpartition(".")[2]:
+            before = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's
+            most = min(most, table.num_embeddings - getattr(table, "offset", before))  # BART's
+    if most < limit:
+        print(f"texts are cut at {most} tokens, not at {limit}: the model has no more positions")
+    return most
 
 
 def matrices(model: nn.Module, kinds: Sequence[str], config: Config) -> list[str]:
@@ -66,18 +101,24 @@ def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Seque
                 splits: Sequence[str]) -> list:
     """Splits of the data set of that name on the hub, or of the one in --data-dir.
 
-    Raises ValueError if a folder cannot be read, or if a split or column is missing or empty.
+    In a CSV an empty field is missing, but words such as NA are texts. A TSV has no quotes. Raises
+    ValueError if a folder cannot be read, or if a split, a column or a value is missing.
     """
     import datasets
-    source, cache = data_dir or hub, None
+    source, cache, options = data_dir or hub, None, {}
     if data_dir:  # datasets' own cache knows a folder by its name, and not by its files
         files = sorted((str(path), path.stat().st_mtime_ns)
                        for path in Path(data_dir).resolve().rglob("*"))
         digest = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
         cache = Path(datasets.config.HF_DATASETS_CACHE, digest)
     try:
+        if data_dir:
+            found = datasets.load_dataset_builder(source, task, cache_dir=cache).config
+            if hasattr(found, "keep_default_na"):
+                quoting = csv.QUOTE_NONE if found.sep == "\t" else found.quoting
+                options = dict(keep_default_na=False, na_values=[""], quoting=quoting)
         try:
-            loaded = datasets.load_dataset(source, task, cache_dir=cache)
+            loaded = datasets.load_dataset(source, task, cache_dir=cache, **options)
         except RuntimeError:  # of a hub repository that still has a loading script
             loaded = datasets.load_dataset(source, task, revision="refs/convert/parquet")
     except Exception as error:  # broken files raise all kinds
@@ -90,10 +131,39 @@ def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Seque
     for split in splits:
         if split not in loaded or not len(loaded[split]):
             raise ValueError(f"{source}: no examples in the split {split!r}")
-        if missing := {*columns} - {*loaded[split].column_names}:
-            raise ValueError(f"{source}: the split {split!r} has no column {min(missing)!r}, only "
-                             f"{', '.join(loaded[split].column_names)}")
+        check_columns(loaded[split], columns, f"{source}, {task or 'data'}, {split}")
     return [loaded[split] for split in splits]
+
+
+def check_columns(rows, columns: Sequence[str], where: str) -> None:
+    """Raises ValueError for a column that is not there, lacks a value, or should be texts."""
+    for column in columns:
+        if column not in rows.column_names:
+            raise ValueError(f"{where}: no column {column!r}, only {', '.join(rows.column_names)}")
+        values = rows.data.column(column)  # pyarrow's, so that no text is decoded
+        if values.null_count:
+            row = values.is_null().index(True).as_py() + 1
+            raise ValueError(f"{where}: the {column} is missing (row {row} of {len(values)})")
+        if column != "label" and str(values.type) not in ("string", "large_string"):
+            raise ValueError(f"{where}: the {column} is of type {values.type}, not a text")
+
+
+def cast_labels(labels: Iterable, count: int, where: str) -> list[int] | list[float]:
+    """Labels as a loss takes them: classes, of which there are so many, or numbers if count is 1.
+
+    Whole floats, booleans and strings of digits are classes. ValueError names what is neither.
+    """
+    found = []
+    for row, label in enumerate(labels, 1):
+        try:
+            number = float(label)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not (math.isfinite(number) if count == 1 else number in range(count)):
+            right = "a number" if count == 1 else f"one of 0 to {count - 1}"
+            raise ValueError(f"{where}: the label is {label!r}, not {right} (row {row})")
+        found.append(number if count == 1 else int(number))
+    return found
 
 
 def hold_out(rows: Sized) -> tuple[Subset, Subset]:

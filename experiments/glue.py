@@ -9,13 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import torch
 import transformers
 from torch import nn
 
 from experiments.data import (
-    by_length, epoch_batches, guesses, hold_out, load_splits, matrices, mean_loss, predictions,
-    pretrained, some)
+    by_length, cast_labels, epoch_batches, guesses, hold_out, load_splits, matrices, mean_loss,
+    most_tokens, predictions, pretrained, some, with_new_head)
 from experiments.problem import DEVICE, Problem
 from experiments.tables import Config, Recipe
 
@@ -54,17 +53,10 @@ def character_map(tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[[
     return sentencepiece.SentencePieceNormalizer(file, **dict.fromkeys(spaces, False)).normalize
 
 
-def check_labels(labels: Sequence[float], task: Task, where: str) -> None:
-    """Raises ValueError for a label that the task does not have."""
-    for label in labels:
-        if not (math.isfinite(label) if task.labels == 1 else label in range(task.labels)):
-            right = "a number" if task.labels == 1 else f"one of 0 to {task.labels - 1}"
-            raise ValueError(f"{where}: the label is {label}, not {right}")
-
-
 @functools.cache
-def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable, list[list[dict]]]:
-    """What pads a batch, and the tokenized examples of the training and dev splits."""
+def load_examples(name: str, data_dir: str | None, model: str, most: int = MAX_TOKENS
+                  ) -> tuple[Callable, list[list[dict]]]:
+    """What pads a batch, and the examples of the training and dev splits, of so many tokens."""
     task = TASKS[name]
     splits, hub_name = ("train", *task.dev), name.removesuffix("_heldout")
     loaded = load_splits(data_dir, HUB, hub_name, [*task.texts, "label"], splits)
@@ -73,10 +65,9 @@ def load_examples(name: str, data_dir: str | None, model: str) -> tuple[Callable
         raise ValueError(f"--model: the tokenizer of {model} has no pad token, which batches need")
     mapped = character_map(tokenizer)
     for split, rows in zip(splits, loaded):
-        labels = list(rows["label"])
-        check_labels(labels, task, f"{data_dir or HUB}, {name}, {split}")
+        labels = cast_labels(rows["label"], task.labels, f"{data_dir or HUB}, {name}, {split}")
         texts = [[mapped(text) for text in rows[column]] for column in task.texts]
-        encoding = tokenizer(*texts, truncation=True, max_length=MAX_TOKENS)
+        encoding = tokenizer(*texts, truncation=True, max_length=most)
         columns = {**encoding, "labels": labels}
         examples.append([dict(zip(columns, row)) for row in zip(*columns.values())])
     if name != hub_name:
@@ -149,16 +140,16 @@ def find_heads(model: nn.Module) -> list[str]:
 def problem(config: Config, recipe: Recipe) -> Problem:
     """A GLUE task for a pre-trained encoder with a new head."""
     task = TASKS[config.task]
-    pad, (train, *devs) = load_examples(config.task, config.data_dir, config.model)
+    auto = transformers.AutoModelForSequenceClassification
+    model = with_new_head(auto, config.model, task.labels)
+    targets = matrices(model, adapted_kinds(model), config)
+    pad, (train, *devs) = load_examples(
+        config.task, config.data_dir, config.model, most_tokens(model, MAX_TOKENS))
     if config.task == "sst2_heldout":
         devs = devs[:1] if config.holdout else devs[1:]
     elif config.holdout:
         train, *devs = hold_out(train)
     train = some(train, recipe)
-    model = pretrained(
-        transformers.AutoModelForSequenceClassification, config.model, num_labels=task.labels,
-        dtype=torch.float32)  # not the checkpoint's: DeBERTaV3's float16 is NaN after a step
-    targets = matrices(model, adapted_kinds(model), config)
     model.to(DEVICE)
 
     suffixes = ("", "_mm")  # MNLI's mismatched

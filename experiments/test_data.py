@@ -1,6 +1,8 @@
 """The laws of experiments/data.py: data, batches, losses and predictions, by any processes."""
 
 import contextlib
+import math
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -147,7 +149,7 @@ def test_data_that_changed_are_read_anew(tmp_path):
 
 def test_a_hub_data_set_with_a_loading_script_is_read_from_its_conversion(monkeypatch):
     """Such scripts are not run any more; the hub keeps a copy without one."""
-    rows, asked = {"train": datasets.Dataset.from_dict({"a": [1]})}, []
+    rows, asked = {"train": datasets.Dataset.from_dict({"a": ["x"]})}, []
 
     def load_dataset(source, task, revision=None, **options):
         asked.append((source, task, revision))
@@ -158,6 +160,90 @@ def test_a_hub_data_set_with_a_loading_script_is_read_from_its_conversion(monkey
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert data.load_splits(None, "hub/name", None, ["a"], ["train"]) == [rows["train"]]
     assert asked == [("hub/name", None, None), ("hub/name", None, "refs/convert/parquet")]
+
+
+FILES = {  # a file, and its texts or what the error says
+    "words in a CSV": ("train.csv", 'text\nNA\nnull\nNone\n"a, ""b"""',
+                       ["NA", "null", "None", 'a, "b"']),
+    "quotes in a TSV": ("train.tsv", 'text\tlabel\n"a\t0\nb\t1\n"c"d\t0', ['"a', "b", '"c"d']),
+    "words in JSON": ("train.jsonl", '{"text": "NA"}\n{"text": ""}', ["NA", ""]),
+    "empty field of a CSV": ("train.csv", "text,label\na,0\n,1", "text is missing (row 2 of 2)"),
+    "empty field of a TSV": ("train.tsv", "text\tlabel\n\t1", "text is missing (row 1 of 1)"),
+    "null in JSON": ("train.jsonl", '{"text": "a"}\n{"text": null}', "is missing (row 2 of 2)"),
+    "numbers": ("train.csv", "text,label\n1,0\n2,0", "the text is of type int64, not a text"),
+    "lists": ("train.jsonl", '{"text": ["a"]}', "not a text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content, expected", FILES.values(), ids=FILES)
+def test_every_text_is_read_as_it_stands_and_a_missing_one_is_refused(
+    name, content, expected, tmp_path
+):
+    """NA, null and None are words, an empty string is a text, an empty field is none."""
+    (tmp_path / name).write_text(content + "\n")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=f"{tmp_path}, data, train: .*{re.escape(expected)}"):
+            data.load_splits(str(tmp_path), glue.HUB, None, ["text"], ["train"])
+    else:
+        (rows,) = data.load_splits(str(tmp_path), glue.HUB, None, ["text"], ["train"])
+        assert list(rows["text"]) == expected
+
+
+@pytest.mark.parametrize("count, right, wrong", [
+    (2, [1, 1.0, True, "1", "1.0"], [-1, 2, 0.5, math.nan, None, "yes", [1]]),
+    (1, [1, 1.0, True, "1", "1.0"], [math.inf, math.nan, None, "yes", ""])])  # fmt: skip
+def test_labels_are_cast_to_what_the_loss_needs(count, right, wrong):
+    """Classes are integers, numbers floats; any other label is named with place and row."""
+    found = data.cast_labels(right, count, "here")
+    assert found == [1] * 5 and {*map(type, found)} == {float if count == 1 else int}
+    for label in wrong:
+        meant = "a number" if count == 1 else "one of 0 to 1"
+        message = re.escape(f"here: the label is {label!r}, not {meant} (row 6)")
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            data.cast_labels([*right, label], count, "here")
+
+
+# ---- Pre-trained models ----
+TINY = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, d_model=8,
+            intermediate_size=8, max_position_embeddings=20, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=2, decoder_attention_heads=2, eos_token_id=2,
+            position_biased_input=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("name, positions", [
+    ("Bert", 20), ("Electra", 20), ("Roberta", 18), ("Camembert", 18), ("Bart", 20),
+    ("MBart", 20), ("DebertaV2", 30)])  # fmt: skip
+def test_texts_are_cut_where_a_model_fails(name, positions, capsys):
+    """By its forward pass, which takes that many tokens and no more. A cut is printed."""
+    config = getattr(transformers, f"{name}Config")(**TINY)
+    model = getattr(transformers, f"{name}Model")(config)
+    assert data.most_tokens(model, 30) == positions
+    assert (f"cut at {positions} tokens" in capsys.readouterr().out) == (positions < 30)
+    model(input_ids=torch.full((1, positions), 3))
+    with pytest.raises((IndexError, RuntimeError)) if positions < 30 else contextlib.nullcontext():
+        model(input_ids=torch.full((1, positions + 1), 3))
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+@pytest.mark.parametrize("had, remembered", [
+    (None, None), (None, "single_label_classification"), (None, "regression"), (1, "regression"),
+    (2, "multi_label_classification"), (2, "single_label_classification"), (3, None)])  # fmt: skip
+def test_a_base_keeps_nothing_of_the_task_it_was_trained_for(
+    labels, had, remembered, tmp_path, capsys
+):
+    """Its head is new, which is said, and the loss is this task's; all other weights are kept."""
+    auto = transformers.AutoModelForSequenceClassification
+    config = transformers.BertConfig(**TINY, num_labels=had or 2, problem_type=remembered)
+    base = transformers.BertForSequenceClassification(config)
+    (base if had else base.bert).save_pretrained(tmp_path)
+    model = data.with_new_head(auto, str(tmp_path), labels).eval()
+    assert (f"{tmp_path} has a classifier of another task" in capsys.readouterr().out) == bool(had)
+    assert not torch.equal(model.classifier.weight[0], base.classifier.weight[0])
+    assert all(torch.equal(*pair) for pair in zip(model.bert.parameters(), base.bert.parameters()))
+    ids, y = torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1])
+    found = model(input_ids=ids, labels=y if labels > 1 else y.float())
+    expected = np.mean([loss for _, loss in data.guesses(found.logits, y)])
+    assert found.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 # ---- What is adapted ----

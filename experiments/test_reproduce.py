@@ -267,6 +267,11 @@ def with_label(rows, label):
     return rows.set_column(column, "label", [[*rows["label"].to_pylist()[:-1], label]])
 
 
+def without_a_document(rows):
+    documents = rows["document"].to_pylist()
+    return rows.set_column(0, "document", [[documents[0], None, *documents[2:]]])
+
+
 def unlike_bert(root):
     shutil.rmtree(root / "deberta")
     shutil.copytree(root / "bart", root / "deberta")
@@ -276,10 +281,14 @@ HOSTILE = {  # the task, what is done to a copy of the world, the error
     "no weights": ("rte", lambda root: (root / "deberta/pytorch_model.bin").unlink(),
                    "no file named .*pytorch_model.bin.* in .*deberta"),
     "cut weights": ("rte", bad("deberta/pytorch_model.bin", lambda x: x[:-500]),
-                    "--model: .*deberta cannot be loaded"),
+                    "--model: .*deberta cannot be loaded.*runs/traceback.txt"),
     "BART": ("rte", unlike_bert, "--model: .*has no matrices named query, key.*this task adapts"),
     "label": ("rte", rewrite("glue/rte", "train", lambda rows: with_label(rows, -1)),
               "train: the label is -1, not"),
+    "other sizes": ("rte", bad("deberta/config.json", lambda x: x.replace(b": 32", b": 16")),
+                    "intermediate.dense.bias has another shape than config.json says"),
+    "a test article": ("xsum", rewrite("xsum/data", "test", without_a_document),
+                       "data, test: the document is missing .row 2 of 7."),
     "no column": ("xsum", rewrite("xsum/data", "train", lambda rows: rows.drop_columns("summary")),
                   "xsum has no data set that can be read|no column 'summary', only document"),
     "a broken file": ("xsum", bad("xsum/data/train*", lambda x: b"PAR1"),
@@ -315,6 +324,14 @@ def test_results_that_are_broken_or_anothers_are_named(content, tmp_path, refusa
     path.write_text(content)
     message = f"error: {path.relative_to(tmp_path)}: .*; delete it or take another --output-dir"
     assert re.search(message, refusal()) and path.read_text() == content
+
+
+def test_the_traceback_of_a_librarys_error_is_kept(monkeypatch, refusal):
+    """In a file that the one line names. An error of this project says all itself."""
+    assert "traceback" not in refusal("--targets", "bias")
+    monkeypatch.setattr(reproduce, "check_files", lambda *_: json.loads("x"))
+    assert refusal().endswith("(all of it: runs/traceback.txt)")
+    assert "json/decoder.py" in Path("runs/traceback.txt").read_text()
 
 
 # ---- Several processes ----

@@ -46,6 +46,36 @@ def test_a_zip_and_its_folder_hold_the_same_examples(world, tmp_path, monkeypatc
     )
 
 
+GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+IMAGES = {  # the file, what is in it, and what is read or what the error says
+    "8 bits": ("a.png", GRAY, GRAY),
+    "16 bits": ("a.png", GRAY * np.uint16(257) - np.uint16(100) * (GRAY > 0), GRAY),  # rounded
+    "16 bits, big-endian": ("a.tif", (GRAY * np.uint16(257)).astype(">u2"), GRAY),
+    "32 bits that hold 16": ("a.tif", GRAY * np.int32(257), GRAY),
+    "32 bits": ("a.tif", GRAY * np.int32(300), "from 0 to 76500, not from 0 to 65535"),
+    "floats": ("a.tif", GRAY / np.float32(255), GRAY),
+    "large floats": ("a.tif", GRAY + np.float32(0), "from 0 to 255, not from 0 to 1"),
+    "negative": ("a.tif", GRAY / np.float32(255) - 1, "from -1 to 0, not from 0 to 1"),
+    "no numbers": ("a.tif", GRAY + np.float32("nan"), "from nan to nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, pixels, expected", IMAGES.values(), ids=IMAGES)
+def test_images_are_read_upright_and_in_8_bits(name, pixels, expected, tmp_path):
+    """After the quarter turn clockwise that their EXIF data ask for. Nothing is clipped; an error
+    names the file and its range."""
+    (tmp_path / "all.txt").write_text(f"{name} 0")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    images = vtab.Images(tmp_path, "all", None)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=f"{name} is not an image .*{expected}"):
+            images.image(0)
+    else:
+        assert (np.asarray(images.image(0)) == np.rot90(expected, -1)[..., None]).all()
+
+
 def test_accuracies_and_losses_are_those_of_the_images(world):
     """On val200 after every epoch and on the test images after the last, counted by hand; with
     --holdout not on the test images."""

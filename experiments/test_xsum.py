@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from experiments import xsum
-from experiments.conftest import config_of, make_problem
+from experiments.conftest import config_of, make_problem, write_parquet
 from experiments.data import load_splits
 from experiments.tables import recipe_of
 
@@ -72,6 +72,19 @@ def test_summaries_are_generated_only_after_the_last_epoch_with_8_beams(world):
         (call,) = calls
         assert len(call["input_ids"]) == n and "labels" not in call
         assert (call["num_beams"], call["max_length"], xsum.DECODING_BATCH) == (8, 12, 64)
+
+
+def test_texts_of_more_tokens_than_the_model_has_positions_are_cut(world, tmp_path, monkeypatch):
+    """Articles and summaries, given and generated; also in the test split, which is read last."""
+    monkeypatch.setattr(xsum, "SUMMARY_TOKENS", 300)
+    for split in ("train", "validation", "test"):
+        rows = [dict(document="the cat " * 400, summary="a cat " * 400)]
+        write_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet", rows)
+    problem = problem_of(world, data_dir=str(tmp_path))
+    ((chunk,),) = problem.batches(1)
+    assert chunk["input_ids"].shape == chunk["labels"].shape == (1, 256)
+    assert problem.loss(problem.model, [chunk]).isfinite()
+    assert [*problem.evaluate(True)] == [*xsum.ROUGE, "validation_loss"]
 
 
 def test_the_floor_is_the_first_sentence(world):

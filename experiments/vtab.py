@@ -11,13 +11,15 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import Dataset
 
-from experiments.data import epoch_batches, guesses, matrices, predictions, pretrained, some
+from experiments.data import (
+    epoch_batches, guesses, matrices, predictions, pretrained, some, with_new_head)
 from experiments.problem import DEVICE, Problem, autocast
 from experiments.tables import Config, Recipe
 
@@ -46,6 +48,18 @@ def open_task(task: str, data_dir: str | None) -> Path | zipfile.Path:
     return root / task
 
 
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits, or of floats from 0 to 1, scaled to 8 bits; any other as it is."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        highest = 1 if image.mode == "F" else 2**16 - 1
+        values = np.asarray(image, dtype=float)
+        least, most = values.min(), values.max()
+        if not 0 <= least <= most <= highest:
+            raise ValueError(f"values are from {least:g} to {most:g}, not from 0 to {highest}")
+        image = Image.fromarray((values * 255 / highest).round().astype(np.uint8))
+    return image
+
+
 class Images(Dataset):
     """The images of a list, decoded and processed when asked for: dict(pixel_values, labels).
 
@@ -68,11 +82,12 @@ class Images(Dataset):
         return len(self.rows)
 
     def image(self, i: int) -> Image.Image:
-        """ValueError if there is no such file, or it is broken."""
+        """Upright, as its EXIF data say. ValueError if there is no such file, or it is broken."""
         path = self.folder / self.rows[i][0]
         try:
             with path.open("rb") as file:
-                return Image.open(file).convert("RGB")
+                upright = ImageOps.exif_transpose(Image.open(file))
+                return in_eight_bits(upright).convert("RGB")
         except Exception as error:  # broken files raise all kinds
             raise ValueError(f"{path} is not an image that can be read, {type(error).__name__}: "
                              f"{error}") from None
@@ -106,9 +121,7 @@ def problem(config: Config, recipe: Recipe) -> Problem:
     """
     train, val, test, classes = load_images(config.task, config.data_dir, config.model)
     train = some(train, recipe)
-    model = pretrained(
-        transformers.AutoModelForImageClassification, config.model, num_labels=classes,
-        dtype=torch.float32, ignore_mismatched_sizes=True)  # a head for other classes is replaced
+    model = with_new_head(transformers.AutoModelForImageClassification, config.model, classes)
     targets = matrices(model, KINDS, config)
     model.to(DEVICE)
 

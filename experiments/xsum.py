@@ -11,7 +11,8 @@ from datasets import Dataset
 from torch import nn
 
 from experiments.data import (
-    by_length, epoch_batches, load_splits, matrices, mean_loss, predictions, pretrained, some)
+    by_length, epoch_batches, load_splits, matrices, mean_loss, most_tokens, predictions,
+    pretrained, some)
 from experiments.problem import DEVICE, Problem
 from experiments.tables import Config, Recipe
 
@@ -30,17 +31,17 @@ def rouge(found: list[str], references: list[str]) -> dict[str, float]:
     return {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ROUGE}
 
 
-def load_tokens(config: Config, tokenizer: transformers.PreTrainedTokenizerBase
-                ) -> tuple[list[Dataset], list[Dataset]]:
-    """The training and validation splits, and the one that is reported on; then their tokens."""
+def load_tokens(config: Config, tokenizer: transformers.PreTrainedTokenizerBase, article: int,
+                summary: int) -> tuple[list[Dataset], list[Dataset]]:
+    """The training and validation splits, and the one that is reported on; then their tokens, at
+    most so many."""
     train, validation, test = load_splits(
         config.data_dir, HUB, None, ("document", "summary"), ("train", "validation", "test"))
     splits = [train, validation, validation if config.holdout else test]
 
     def tokenize(rows: dict) -> dict:
-        articles = tokenizer(rows["document"], max_length=ARTICLE_TOKENS, truncation=True)
-        summaries = tokenizer(
-            text_target=rows["summary"], max_length=SUMMARY_TOKENS, truncation=True)
+        articles = tokenizer(rows["document"], max_length=article, truncation=True)
+        summaries = tokenizer(text_target=rows["summary"], max_length=summary, truncation=True)
         return {**articles, "labels": summaries["input_ids"]}
 
     tokens = [split.map(tokenize, batched=True, remove_columns=split.column_names)
@@ -55,11 +56,12 @@ def problem(config: Config, recipe: Recipe) -> Problem:
     summaries that are generated for the test split, with --holdout for the validation split.
     """
     tokenizer = pretrained(transformers.AutoTokenizer, config.model)
-    splits, (train, validation, reported) = load_tokens(config, tokenizer)
-    train = some(train, recipe)
-    outputs: dict[str, list] = {}
     model = pretrained(transformers.AutoModelForSeq2SeqLM, config.model, dtype=torch.float32)
     targets = matrices(model, KINDS, config)
+    article, summary = (most_tokens(model, n) for n in (ARTICLE_TOKENS, SUMMARY_TOKENS))
+    splits, (train, validation, reported) = load_tokens(config, tokenizer, article, summary)
+    train = some(train, recipe)
+    outputs: dict[str, list] = {}
     model.to(DEVICE)
     pad = transformers.DataCollatorForSeq2Seq(tokenizer)  # labels with -100
 
@@ -73,7 +75,7 @@ def problem(config: Config, recipe: Recipe) -> Problem:
     def summarize(batch: dict) -> list[str]:
         del batch["labels"]
         tokens = model.generate(
-            **batch.to(DEVICE), num_beams=BEAMS, max_length=SUMMARY_TOKENS, do_sample=False)
+            **batch.to(DEVICE), num_beams=BEAMS, max_length=summary, do_sample=False)
         return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def evaluate(last: bool) -> dict[str, float]:
