@@ -21,7 +21,7 @@ from hypothesis import settings
 
 import reproduce
 from experiments import planted, xsum
-from experiments.methods import METHODS
+from experiments.methods import METHODS, NOISE
 from experiments.problem import trained
 from experiments.tables import FAMILIES, Config, fit_phases, recipe_of
 from experiments.training import make_problem, train
@@ -34,10 +34,7 @@ settings.load_profile("laws")
 
 
 def pytest_configure(config):
-    for warning in (
-        "`is_gradient_checkpointing` is deprecated",  # PEFT asks transformers for it
-        "The following rank_pattern keys",  # by PEFT, of AdaLoRA's own
-    ):
+    for warning in NOISE:
         config.addinivalue_line("filterwarnings", f"ignore:{warning}")
 
 

@@ -65,6 +65,23 @@ def distributions(scores: dict[str, pandas.Series], path: Path) -> None:
     save(figure, path)
 
 
+def curve(steps: pandas.DataFrame, path: Path) -> None:
+    """The rows of log.csv: the loss, its mean over 2% of the run, the steps that moved ranks; below
+    it the learning rate and the gradient norm."""
+    figure, axes = new(1, 3, 6.0, sharex=True, height_ratios=(3, 1, 1))
+    steps = steps.set_index("step")
+    axes[0].plot(steps["loss"], color="0.8", linewidth=0.8)
+    axes[0].plot(steps["loss"].rolling(len(steps) // 50 + 1, 1).mean(), color=COLORS["ElaLoRA"])
+    for step in steps.index[steps["ranks_moved"] > 0]:
+        axes[0].axvline(step, ymax=0.04, color="black", linewidth=0.8)
+    for axis, name in zip(axes[1:], ("learning_rate", "gradient_norm")):
+        axis.plot(steps[name], color="0.4", linewidth=0.8)
+        axis.set_ylabel(name.replace("_", " "))
+    axes[0].set(ylabel="loss", title="marks at the bottom: ranks moved", yscale="log")
+    axes[2].set_xlabel("optimizer step")
+    save(figure, path)
+
+
 def over_time(runs: list[pandas.DataFrame], words: dict[float, str], path: Path) -> None:
     """Mean ranks (columns: what was planted) by step, mean and range over all runs. A triangle
     marks what was planted; words has the matrices' names."""
