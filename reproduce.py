@@ -4,12 +4,12 @@
     python reproduce.py --task mrpc --rank 4   # DeBERTaV3-base on GLUE (section 4.2)
     python reproduce.py --task xsum --rank 2   # BART-base on XSum (section 4.3)
     python reproduce.py --task cifar --rank 8  # ViT-B/16 on VTAB-1k (section 4.4)
-    python reproduce.py --task glue --rank 2 4 10 --method elalora lora adalora --seeds 0 1 2 --resume
-                                               # Table 2, as far as it is not there already
+    python reproduce.py --task glue --rank 2 4 10 --method elalora lora adalora --seeds 0 1 2
+                                               # Table 2; go on with --resume
     torchrun --nproc-per-node 2 reproduce.py --task mrpc   # the same batches, shared by two GPUs
 
-A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's answer
-to every example, and its loss), log.csv (every step) and loss.png, ranks.png, peft/ (for
+A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's
+answer to every example, and its loss), log.csv (every step) and loss.png, ranks.png, peft/ (for
 PeftModel), of ElaLoRA adapter.safetensors and scores.png; and checkpoint.pt after every epoch, for
 --resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with the paper's. Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning
 rate rises for 10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there is
@@ -252,8 +252,8 @@ def check_hub(model: str | None, data_dir: str | None) -> None:
     try:
         huggingface_hub.get_session().head(hub.ENDPOINT, timeout=3)
     except Exception as error:  # of whatever client the hub's library uses
-        print(f"reproduce.py: {hub.ENDPOINT} does not answer ({type(error).__name__}), so only what "
-              "was downloaded before can be used", file=sys.stderr)
+        print(f"reproduce.py: {hub.ENDPOINT} does not answer ({type(error).__name__}): only what was "
+              "downloaded before can be used", file=sys.stderr)
         hub.HF_HUB_OFFLINE = True
 
 

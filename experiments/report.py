@@ -133,20 +133,6 @@ def count_pruned(results: dict) -> tuple[int, int]:
     return pruned, again
 
 
-def ranks_over_time(results: dict) -> pandas.DataFrame:
-    """The mean ranks of each kind of matrix (columns) at the start, after each adjustment and at
-    the end (steps)."""
-    ranks = dict.fromkeys(results["ranks"], results["arguments"]["rank"])
-    rows = {0: mean_ranks(ranks)}
-    for adjustment in results["adjustments"]:
-        for name, indices in adjustment["pruned"].items():
-            ranks[name] -= len(indices)
-        for name, n in adjustment["expanded"].items():
-            ranks[name] += n
-        rows[adjustment["step"]] = mean_ranks(ranks)
-    return pandas.DataFrame(rows | {results["total_steps"]: mean_ranks(ranks)}).T
-
-
 def describe(results: dict) -> list[str]:
     """The lines printed of a run."""
     sizes = sorted(results["ranks"].values())
