@@ -11,9 +11,10 @@
 A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's
 answer to every example, and its loss), log.csv (every step) and loss.png, ranks.png, peft/ (for
 PeftModel), of ElaLoRA adapter.safetensors and scores.png; and checkpoint.pt after every epoch, for
---resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with the paper's. Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning
-rate rises for 10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there is
-no weight decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
+--resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with the paper's. Tables and
+sections are those of arXiv:2504.00254. Where it is silent, the learning rate rises for 10% of the
+run and falls linearly to 0, gradients are clipped to norm 1, and there is no weight decay. Phases
+keep their shares of the paper's run if the run has more or fewer steps.
 """
 
 import argparse
@@ -84,10 +85,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[tuple
         parser.error(f"--task: {args.family} and {others[0]} need a command each")
     if args.ranks and not {*args.method} <= {*TAKE_RANKS}:
         parser.error(f"--ranks is for --method {', '.join(TAKE_RANKS)} alone")
+    for name in ("model", "data-dir", "dtype", "holdout", "gradient-checkpointing"):
+        if not FAMILIES[args.family].model and getattr(args, name.replace("-", "_")):
+            parser.error(f"--{name} is not for {args.family}: name another --task")
     args.model = args.model or FAMILIES[args.family].model
-    if args.family == "planted" and (args.model or args.data_dir or args.dtype or args.holdout):
-        parser.error("--model, --data-dir, --dtype, --holdout are not for planted: "
-                     "name another --task as well")
     runs = []
     try:  # in the order of METHODS, names and settings sorted: one run has one name
         words = [f"{name}={value}" for name, value in settings_of(args.set).items()]
@@ -116,7 +117,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import huggingface_hub
-import pandas
 import torch
 import transformers
 from torch import distributed
@@ -192,8 +192,7 @@ def run(config: Config, recipe: Recipe, ranks: dict[str, int] | None, args: argp
 
 def write_folder(folder: Path, problem: Problem, results: dict) -> None:
     """Predictions, figures, and last results.json, which marks the run as finished."""
-    steps = pandas.read_csv(folder / "log.csv")
-    report.write(folder / "loss.png", lambda path: figures.curve(steps, path))
+    report.write(folder / "loss.png", lambda path: figures.curve(folder / "log.csv", path))
     if problem.outputs:
         outputs = {name: rounded(values, 4) for name, values in problem.outputs.items()}
         report.write(folder / "predictions.json", lambda path: path.write_text(json.dumps(outputs)))
@@ -252,8 +251,8 @@ def check_hub(model: str | None, data_dir: str | None) -> None:
     try:
         huggingface_hub.get_session().head(hub.ENDPOINT, timeout=3)
     except Exception as error:  # of whatever client the hub's library uses
-        print(f"reproduce.py: {hub.ENDPOINT} does not answer ({type(error).__name__}): only what was "
-              "downloaded before can be used", file=sys.stderr)
+        print(f"reproduce.py: {hub.ENDPOINT} does not answer ({type(error).__name__}): only what "
+              "was downloaded before can be used", file=sys.stderr)
         hub.HF_HUB_OFFLINE = True
 
 

@@ -58,11 +58,11 @@ def distributions(scores: dict[str, pandas.Series], path: Path) -> None:
     save(figure, path)
 
 
-def curve(steps: pandas.DataFrame, path: Path) -> None:
-    """The rows of log.csv: the loss, its mean over 2% of the run, the steps that moved ranks; below
+def curve(log: Path, path: Path) -> None:
+    """Of a log.csv: the loss, its mean over 2% of the run, the steps that moved ranks; below
     it the learning rate and the gradient norm."""
     figure, axes = new(1, 3, 6.0, sharex=True, height_ratios=(3, 1, 1))
-    steps = steps.set_index("step")
+    steps = pandas.read_csv(log, index_col="step")
     axes[0].plot(steps["loss"], color="0.8", linewidth=0.8)
     axes[0].plot(steps["loss"].rolling(len(steps) // 50 + 1, 1).mean(), color=COLORS["ElaLoRA"])
     for step in steps.index[steps["ranks_moved"] > 0]:

@@ -33,9 +33,9 @@ METHODS = dict(  # the last three are in results/ only
     eva="EVA", final="ElaLoRA's final ranks", shuffled="shuffled ranks")
 ASKED = asdict(Config(None, None, None, None))  # the defaults of what older runs do not name
 RESULTS = Path(__file__).parent.parent / "results"
-LEGEND = """Mean ± standard deviation over the seeds; (n) where only n of them are done. Parameters are
-counted at the end of a run; the paper counts AdaLoRA's at the start. Differences are paired by seed
-and tested from five pairs on (Student's t, Holm's correction)."""
+LEGEND = """Mean ± standard deviation over the seeds; (n) where only n of them are done. Parameters
+are counted at the end of a run; the paper counts AdaLoRA's at the start. Differences are paired by
+seed and tested from five pairs on (Student's t, Holm's correction)."""
 MARK = "<!-- made by experiments/report.py -->"
 DIFFERENCE = "{mean:+.{d}f} ± {std:.{d}f} (p = {p:.2g})"
 

@@ -361,7 +361,8 @@ BAD_ARGUMENTS = {
     "rank of planted": (["--rank", "12"], "--rank 12: 2 to 11 leave a choice"),
     "epochs": (["--epochs", "0"], "epochs must be a number > 0, got 0"),
     "seeds": (["--seeds", "3", "1", "3"], "--seeds 3 1 3: remove duplicates"),
-    "dtype": (["--dtype", "bfloat16"], "--dtype, --holdout are not for planted"),
+    "dtype": (["--dtype", "bfloat16"], "--dtype is not for planted: name another --task"),
+    "checkpointing": (["--gradient-checkpointing"], "--gradient-checkpointing is not for planted"),
     "data": (["--task", "mrpc", "--data-dir", "nowhere"], "--data-dir: nowhere is not a folder"),
     "model": (["--task", "mrpc", "--model", "./nowhere"], "nowhere is not a folder with a config"),
     "hub": (["--task", "mrpc"], r"\(without the hub: --model folders/deberta-v3-base --data-dir "

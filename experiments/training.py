@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -124,11 +124,6 @@ COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "ranks_moved")
 
 
 @contextmanager
-def nowhere(folder: Path, config: Config, steps: int) -> Iterator[Callable[[dict], object]]:
-    yield lambda row: None
-
-
-@contextmanager
 def tensorboard(folder: Path, config: Config, steps: int) -> Iterator[Callable[[dict], object]]:
     from torch.utils.tensorboard import SummaryWriter
     with SummaryWriter(folder, purge_step=steps + 1) as writer:
@@ -143,7 +138,8 @@ def wandb(folder: Path, config: Config, steps: int) -> Iterator[Callable[[dict],
         yield lambda row: run.log(row, step=row["step"])
 
 
-REPORTERS = {None: nowhere, "tensorboard": tensorboard, "wandb": wandb}
+REPORTERS = {None: lambda *run: nullcontext(lambda row: None), "tensorboard": tensorboard,
+             "wandb": wandb}
 
 
 @contextmanager
