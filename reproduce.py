@@ -4,15 +4,17 @@
     python reproduce.py --task mrpc --rank 4   # DeBERTaV3-base on GLUE (section 4.2)
     python reproduce.py --task xsum --rank 2   # BART-base on XSum (section 4.3)
     python reproduce.py --task cifar --rank 8  # ViT-B/16 on VTAB-1k (section 4.4)
-    python reproduce.py --method elalora lora --seeds 0 1 2 3 4   # ends in a table
+    python reproduce.py --task glue --rank 2 4 10 --method elalora lora adalora --seeds 0 1 2
+                                               # Table 2; go on with --resume
     torchrun --nproc-per-node 2 reproduce.py --task mrpc   # the same batches, shared by two GPUs
 
-A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's answer
-to every example, and its loss), ranks.png, peft/ (for PeftModel), of ElaLoRA adapter.safetensors
-and scores.png; and checkpoint.pt after every epoch, for --resume. OUTPUT_DIR/TASK.md compares all
-runs of a task. Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning
-rate rises for 10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there is
-no weight decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
+A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's
+answer to every example, and its loss), log.csv (every step) and loss.png, ranks.png, peft/ (for
+PeftModel), of ElaLoRA adapter.safetensors and scores.png; and checkpoint.pt after every epoch, for
+--resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with the paper's. Tables and
+sections are those of arXiv:2504.00254. Where it is silent, the learning rate rises for 10% of the
+run and falls linearly to 0, gradients are clipped to norm 1, and there is no weight decay. Phases
+keep their shares of the paper's run if the run has more or fewer steps.
 """
 
 import argparse
@@ -30,8 +32,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     tasks = [f"{name}: {' '.join(family.tasks)}" for name, family in FAMILIES.items()]
     models = [family.model for family in FAMILIES.values() if family.model]
-    add("--task", choices=FAMILY_OF, default="planted", metavar="TASK",
-        help="\n".join(tasks)
+    add("--task", choices={**FAMILIES, **FAMILY_OF}, nargs="+", default=["planted"], metavar="TASK",
+        help="tasks of one family, or its name for all that the paper reports:\n" + "\n".join(tasks)
         + "\nsst2_heldout evaluates 18,000 phrases of SST-2's training split; default: planted")
     add("--rank", type=int, nargs="+", default=[4],
         help="average rank(s), with b and k of the table's nearest rank; default: 4")
@@ -55,9 +57,14 @@ def make_parser() -> argparse.ArgumentParser:
         "GLUE: nine tenths of the training split are trained on, one tenth is evaluated;\n"
         "sst2_heldout: 2,000 phrases kept for this; XSum: validation; VTAB: val200")
     add("--dtype", choices=("float32", "bfloat16"),
-        help="of autocast; default: float32. CPUs without bfloat16 are slow in it")
+        help="of autocast; default: bfloat16 on a GPU that has it, else float32")
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    add("--report-to", choices=("tensorboard", "wandb"),
+        help="beside log.csv; needs the package of that name. TensorBoard reads OUTPUT_DIR")
     add("--output-dir", default="runs", help="default: runs")
     add("--resume", action="store_true", help="go on where unfinished runs had a checkpoint")
+    add("--dry-run", action="store_true",
+        help="print the runs, their steps, and the hours of training by one timed step of each")
     return parser
 
 
@@ -67,27 +74,30 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[tuple
     args = parser.parse_args(argv)
     if min(*args.rank, *(seed + 1 for seed in args.seeds)) < 1:
         parser.error("--rank takes integers >= 1, --seeds integers >= 0")
-    for name in ("rank", "seeds", "method"):
+    args.task = [task for name in args.task for task in (
+        dict(FAMILIES[name].columns.values()) if name in FAMILIES else [name])]
+    for name in ("task", "rank", "seeds", "method"):
         values = getattr(args, name)
         if len({*values}) < len(values):
-            parser.error(f"--{name} {values}: remove duplicates")
+            parser.error(f"--{name} {' '.join(map(str, values))}: remove duplicates")
+    args.family, *others = dict.fromkeys(FAMILY_OF[task] for task in args.task)
+    if others:
+        parser.error(f"--task: {args.family} and {others[0]} need a command each")
     if args.ranks and not {*args.method} <= {*TAKE_RANKS}:
         parser.error(f"--ranks is for --method {', '.join(TAKE_RANKS)} alone")
-    model = FAMILIES[FAMILY_OF[args.task]].model
-    if model:
-        args.model, args.dtype = args.model or model, args.dtype or "float32"
-    elif args.dtype or args.data_dir or args.holdout or args.model:
-        parser.error(f"--model, --data-dir, --dtype, --holdout are not for {args.task}: "
-                     "name another --task as well")
+    for name in ("model", "data-dir", "dtype", "holdout", "gradient-checkpointing"):
+        if not FAMILIES[args.family].model and getattr(args, name.replace("-", "_")):
+            parser.error(f"--{name} is not for {args.family}: name another --task")
+    args.model = args.model or FAMILIES[args.family].model
     runs = []
     try:  # in the order of METHODS, names and settings sorted: one run has one name
         words = [f"{name}={value}" for name, value in settings_of(args.set).items()]
-        for method in (name for name in METHODS if name in args.method):
-            for rank, seed in itertools.product(args.rank, args.seeds):
-                config = Config(args.task, method, rank, seed, args.model, args.data_dir,
-                                args.epochs, sorted({*args.targets}), words, args.holdout,
-                                args.dtype, ranks=args.ranks)
-                runs.append((config, recipe_of(config)))
+        methods = [name for name in METHODS if name in args.method]
+        for task, method, rank, seed in itertools.product(
+                args.task, methods, args.rank, args.seeds):
+            config = Config(task, method, rank, seed, sorted({*args.targets}), words, args.ranks,
+                            args.model, args.data_dir, args.epochs, args.holdout, args.dtype)
+            runs.append((config, recipe_of(config)))
     except ValueError as error:
         parser.error(str(error))
     return args, runs
@@ -96,14 +106,18 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[tuple
 if __name__ == "__main__":
     parse()  # here, so that a mistyped argument is refused before the slow imports
 
+import importlib.util
 import json
 import os
 import shlex
 import statistics
+import time
 import traceback
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from torch import distributed
@@ -112,9 +126,10 @@ from experiments import figures, report
 from experiments import problem as shared
 from experiments.data import check_files
 from experiments.methods import METHODS as CLASSES
-from experiments.problem import DEVICE, Problem, commit, trained, versions
+from experiments.methods import NOISE, Method
+from experiments.problem import DEVICE, Problem, best_dtype, commit, trained, versions
 from experiments.tables import fit_phases, papers_result, papers_run
-from experiments.training import check_same, make_problem, rounded, train
+from experiments.training import check_same, make_problem, rounded, train, train_step
 
 
 # ---- One run's folder ----
@@ -122,21 +137,47 @@ def folder_of(config: Config, output_dir: str) -> Path:
     return Path(output_dir, f"{config.task}-{report.label(asdict(config))}-s{config.seed}")
 
 
-def run(config: Config, recipe: Recipe, ranks: dict[str, int] | None, folder: Path) -> dict:
-    """Trains once, writes the run's folder and returns what is in its results.json."""
-    code = commit()  # now: it may change while the run trains
+def make(config: Config, recipe: Recipe, ranks: dict[str, int] | None, args: argparse.Namespace
+         ) -> tuple[Problem, Method]:
+    """What a run trains, and how; prints its first line."""
     transformers.set_seed(config.seed)
     problem = make_problem(config, recipe)
+    if args.gradient_checkpointing:
+        problem.model.activation_checkpointing_enable()
     total = recipe.epochs * problem.steps_per_epoch
     recipe = fit_phases(recipe, config, total)
-    print(f"{total:,} steps (the paper: {papers_run(config)[1]:,}): warm-up {recipe.warmup:,}, "
-          f"stabilization {recipe.stabilize:,}, adjustments every {recipe.interval:,}", flush=True)
     method = CLASSES[config.method](problem, config, recipe, ranks)
-    log = train(problem, method, config, folder / "checkpoint.pt")
+    threads = torch.get_num_threads()
+    print(f"{folder_of(config, args.output_dir).name}: {DEVICE}, {config.dtype or 'float32'}, "
+          f"{threads} thread{'s' * (threads > 1)}, {method.parameters():,} adapter parameters, "
+          f"{total:,} steps (the paper: {papers_run(config)[1]:,}): warm-up {recipe.warmup:,}, "
+          f"stabilization {recipe.stabilize:,}, adjustments every {recipe.interval:,}", flush=True)
+    return problem, method
+
+
+def seconds_of_step(problem: Problem, method: Method) -> float:
+    """Of a step on a batch of the data. It trains the method."""
+    batch = next(iter(problem.batches(1)))
+    problem.model.train()
+    for _ in range(2):  # the first one takes longer
+        start = time.time()
+        loss, _, _ = train_step(problem, batch, method)
+        loss.item()  # waits for the GPU
+    return time.time() - start
+
+
+def run(config: Config, recipe: Recipe, ranks: dict[str, int] | None, args: argparse.Namespace
+        ) -> dict:
+    """Trains once, writes the run's folder and returns what is in its results.json."""
+    code = commit()  # now: it may change while the run trains
+    folder = folder_of(config, args.output_dir)
+    problem, method = make(config, recipe, ranks, args)
+    log = train(problem, method, config, folder / "checkpoint.pt", args.report_to)
     metrics = log["history"][-1]["metrics"]
     results = dict(
-        arguments=asdict(config), recipe=asdict(recipe), metrics=metrics, floor=problem.floor,
-        floor_name=problem.floor_name, paper=papers_result(config, total),
+        arguments=asdict(config), recipe=asdict(method.recipe), metrics=metrics,
+        floor=problem.floor, floor_name=problem.floor_name,
+        paper=papers_result(config, method.t),
         note=problem.note(metrics), planted_ranks=problem.planted_ranks,
         adapter_parameters=method.parameters(),
         trainable_parameters=sum(w.numel() for w in trained(problem.model).values()),
@@ -152,6 +193,7 @@ def run(config: Config, recipe: Recipe, ranks: dict[str, int] | None, folder: Pa
 
 def write_folder(folder: Path, problem: Problem, results: dict) -> None:
     """Predictions, figures, and last results.json, which marks the run as finished."""
+    report.write(folder / "loss.png", lambda path: figures.curve(folder / "log.csv", path))
     if problem.outputs:
         outputs = {name: rounded(values, 4) for name, values in problem.outputs.items()}
         report.write(folder / "predictions.json", lambda path: path.write_text(json.dumps(outputs)))
@@ -201,12 +243,26 @@ def earlier(config: Config, folder: Path, ranks: dict[str, int] | None,
     return results
 
 
-def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None:
-    """Makes all runs, but skips what is finished."""
-    runs = [(replace(config, processes=shared.PROCESSES), recipe) for config, recipe in runs]
-    folders = [folder_of(config, args.output_dir) for config, _ in runs]
-    check_files(args.model, args.data_dir, folders)
-    report.page_of(Path(args.output_dir), args.task)  # raises if others' pages are there
+def check_hub(model: str | None, data_dir: str | None) -> None:
+    """If the hub is needed and does not answer, goes offline: no library then waits for it."""
+    hub = huggingface_hub.constants
+    local = not model or data_dir and Path(model).exists()
+    if local or hub.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.get_session().head(hub.ENDPOINT, timeout=3)
+    except Exception as error:  # of whatever client the hub's library uses
+        print(f"reproduce.py: {hub.ENDPOINT} does not answer ({type(error).__name__}): only what "
+              "was downloaded before can be used", file=sys.stderr)
+        hub.HF_HUB_OFFLINE = True
+
+
+def check(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> dict[str, int] | None:
+    """Raises ValueError for what can be known to fail before any work; returns --ranks."""
+    check_files(args.model, args.data_dir, [folder_of(c, args.output_dir) for c, _ in runs])
+    report.check_page(Path(args.output_dir), args.family)
+    if args.report_to and not importlib.util.find_spec(args.report_to):
+        raise ValueError(f"--report-to {args.report_to}: pip install {args.report_to}")
     ranks = read_ranks(args.ranks) if args.ranks else None
     for config, recipe in runs:
         if ranks and statistics.fmean(ranks.values()) != config.rank:
@@ -215,22 +271,56 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None
         if recipe.batch_size % shared.PROCESSES:
             raise ValueError(
                 f"{shared.PROCESSES} processes cannot share batches of {recipe.batch_size}")
-    known = [earlier(config, folder, ranks, args.resume)
-             for (config, _), folder in zip(runs, folders)]
-    for (config, recipe), folder, results in zip(runs, folders, known):
-        lines = report.describe(results or run(config, recipe, ranks, folder))
+    check_hub(args.model, args.data_dir)
+    return ranks
+
+
+def dry_run(args: argparse.Namespace, runs: list[tuple[Config, Recipe]],
+            ranks: dict[str, int] | None) -> None:
+    """Prints the runs, their steps, and the hours of training by a timed step of each kind."""
+    kinds: dict[tuple, tuple[int, float]] = {}
+    hours = 0.0
+    for config, recipe in runs:
+        kind = config.task, config.method, config.rank
+        if kind not in kinds:
+            problem, method = make(config, recipe, ranks, args)
+            kinds[kind] = method.schedule.total_steps, seconds_of_step(problem, method)
+        steps, seconds = kinds[kind]
+        hours += steps * seconds / 3600
+        print(f"  {folder_of(config, args.output_dir).name}: {steps:,} steps of {seconds:.2g} s, "
+              f"{steps * seconds / 3600:.2f} hours", flush=True)
+    print(f"{len(runs)} runs are left, {hours:.2f} hours without their evaluations")
+
+
+def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None:
+    """Makes all runs, but skips what is finished."""
+    dtype = args.dtype or (best_dtype() if args.model else None)
+    runs = [(replace(config, processes=shared.PROCESSES, dtype=dtype), recipe)
+            for config, recipe in runs]
+    ranks, table = check(args, runs), ""
+    known = [earlier(config, folder_of(config, args.output_dir), ranks, args.resume or args.dry_run)
+             for config, _ in runs]
+    if args.dry_run:
+        return dry_run(args, [r for r, results in zip(runs, known) if not results], ranks)
+    for (config, recipe), results in zip(runs, known):
+        lines = report.describe(results or run(config, recipe, ranks, args))
+        folder = folder_of(config, args.output_dir)
         print(*lines, f"  {'finished before' if results else 'written'}: {folder}", sep="\n",
               flush=True)
-    if shared.PROCESS == 0:
-        tables = report.compare(Path(args.output_dir), asdict(config))
-        if tables:  # of several runs
-            print(tables)
+        if shared.PROCESS == 0:
+            table = report.compare(Path(args.output_dir), args.family)
+    if len(runs) > 1:
+        print(f"{table}\n\nwritten: {Path(args.output_dir, args.family)}.md")
 
 
 def main(argv: list[str] | None = None) -> None:
     args, runs = parse(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    if DEVICE == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if shared.PROCESSES > 1:
         if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -247,7 +337,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except (ValueError, OSError) as error:
         from_hub = isinstance(error, OSError) and error.errno is None
-        hint = " (without the hub: --model FOLDER --data-dir FOLDER)" if from_hub else ""
+        hint = (f" (without the hub: --model folders/{Path(args.model).name} "
+                f"--data-dir folders/{args.family})" if from_hub and args.model else "")
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         own = Path(raised_in).parent in (Path(__file__).parent, Path(report.__file__).parent)
         if isinstance(error, ValueError) and (error.__cause__ or not own):  # a library's

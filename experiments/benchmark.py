@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         args.model = args.model or FAMILIES[FAMILY_OF[args.task]].model
     name = Path(args.model or "deberta-v3-base").name
     folder = Path(args.output_dir, f"benchmark-{args.task or 'random'}-{name}-r{args.rank}")
-    config = Config(args.task, "elalora", args.rank, 0, args.model, args.data_dir, dtype=args.dtype)
+    config = Config(args.task, "elalora", args.rank, 0, model=args.model, data_dir=args.data_dir,
+                    dtype=args.dtype)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

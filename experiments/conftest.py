@@ -21,7 +21,7 @@ from hypothesis import settings
 
 import reproduce
 from experiments import planted, xsum
-from experiments.methods import METHODS
+from experiments.methods import METHODS, NOISE
 from experiments.problem import trained
 from experiments.tables import FAMILIES, Config, fit_phases, recipe_of
 from experiments.training import make_problem, train
@@ -34,10 +34,7 @@ settings.load_profile("laws")
 
 
 def pytest_configure(config):
-    for warning in (
-        "`is_gradient_checkpointing` is deprecated",  # PEFT asks transformers for it
-        "The following rank_pattern keys",  # by PEFT, of AdaLoRA's own
-    ):
+    for warning in NOISE:
         config.addinivalue_line("filterwarnings", f"ignore:{warning}")
 
 
@@ -221,7 +218,7 @@ def weights_of(problem):
     return {name: w.detach().clone() for name, w in trained(problem.model).items()}
 
 
-def end_of(config, checkpoint, stop=None):
+def end_of(config, checkpoint, stop=None, report_to=None):
     """Problem, method and log of a run that was interrupted in the second step of an epoch, and
     then made and trained again."""
     problem, method = make(config)
@@ -236,10 +233,10 @@ def end_of(config, checkpoint, stop=None):
     if stop:
         problem.batches = interrupted
         with pytest.raises(KeyboardInterrupt):
-            train(problem, method, config, checkpoint)
+            train(problem, method, config, checkpoint, report_to)
         assert len(torch.load(checkpoint)["log"]["history"]) == stop - 1
         problem, method = make(config)
-    return problem, method, train(problem, method, config, checkpoint)
+    return problem, method, train(problem, method, config, checkpoint, report_to)
 
 
 # ---- The command ----

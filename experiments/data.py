@@ -188,7 +188,8 @@ def epoch_batches(rows: Sized, batch_size: int, config: Config, epoch: int,
     """The batches of an epoch in its random order; every process has its share of each."""
     sampler = DistributedSampler(
         rows, shared.PROCESSES, shared.PROCESS, seed=seed_of(config, epoch))
-    return DataLoader(rows, batch_size // shared.PROCESSES, sampler=sampler, collate_fn=collate)
+    return DataLoader(rows, batch_size // shared.PROCESSES, sampler=sampler, collate_fn=collate,
+                      pin_memory=DEVICE == "cuda" and collate is None)
 
 
 def by_length(rows: list[dict], pad: Callable[[list[dict]], dict]) -> list[dict]:

@@ -18,6 +18,12 @@ from experiments.problem import DEVICE, Problem, trained
 from experiments.tables import Config, Recipe
 
 
+NOISE = (  # warnings that PEFT causes, by how they begin
+    "`is_gradient_checkpointing` is deprecated",  # it asks transformers for it
+    "The following rank_pattern keys",  # of AdaLoRA's own
+)
+
+
 class Method:
     """What the loop calls. Here no rank is adapted: only the problem's heads train, which is the
     benchmark's floor. Raises ValueError if the schedule or the ranks do not fit."""

@@ -52,6 +52,12 @@ def autocast(config: Config) -> torch.autocast:
     return torch.autocast(DEVICE, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
+def best_dtype() -> str:
+    """Of autocast: bfloat16 on a GPU that computes in it."""
+    fast = DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if fast else "float32"
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> weight, for every weight that a run changes."""
     return {name: w for name, w in model.named_parameters() if w.requires_grad}

@@ -20,21 +20,22 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas
 
+from experiments.tables import FAMILIES, Config
+
 METHODS = dict(  # the last three are in results/ only
     elalora="ElaLoRA", svd="even ranks", lora="LoRA", adalora="AdaLoRA",
     eva="EVA", final="ElaLoRA's final ranks", shuffled="shuffled ranks")
-ASKED = dict(  # the defaults of what older runs do not name
-    task=None, method=None, rank=None, seed=None, targets=[""], set=[], ranks=None, model=None,
-    data_dir=None, epochs=None, holdout=False, dtype=None, processes=1)
+ASKED = asdict(Config(None, None, None, None))  # the defaults of what older runs do not name
 RESULTS = Path(__file__).parent.parent / "results"
-LEGEND = """Mean ± standard deviation over the seeds. Differences are paired by seed and tested from
-five pairs on (Student's t, Holm's correction). Four in five tests find a difference as large as
-"detectable"."""
+LEGEND = """Mean ± standard deviation over the seeds; (n) where only n of them are done. Parameters
+are counted at the end of a run; the paper counts AdaLoRA's at the start. Differences are paired by
+seed and tested from five pairs on (Student's t, Holm's correction)."""
 MARK = "<!-- made by experiments/report.py -->"
 DIFFERENCE = "{mean:+.{d}f} ± {std:.{d}f} (p = {p:.2g})"
 
@@ -75,12 +76,16 @@ def words(results: dict) -> list[str]:
     return found + [f"{name} {asked[name]}" for name in others if asked[name] != ASKED[name]]
 
 
+def shared_words(runs: list[dict]) -> set[str]:
+    return set.intersection(*({*words(r)[1:]} for r in runs))
+
+
 def titles(runs: list[dict]) -> list[str]:
     """The words of each run, without those that all runs share, and without the learning rate where
     the title is clear without it."""
-    found = [words(r) for r in runs]
-    shared = set.intersection(*map(set, found))
-    found = [[method, *(word for word in rest if word not in shared)] for method, *rest in found]
+    shared = shared_words(runs)
+    found = [[method, *(word for word in rest if word not in shared)]
+             for method, *rest in map(words, runs)]
     long = [", ".join(x) for x in found]
     short = [", ".join(word for word in x if not word.startswith("lr ")) for x in found]
     clear = pandas.Series(long).groupby(short).nunique() == 1
@@ -128,20 +133,6 @@ def count_pruned(results: dict) -> tuple[int, int]:
     return pruned, again
 
 
-def ranks_over_time(results: dict) -> pandas.DataFrame:
-    """The mean ranks of each kind of matrix (columns) at the start, after each adjustment and at
-    the end (steps)."""
-    ranks = dict.fromkeys(results["ranks"], results["arguments"]["rank"])
-    rows = {0: mean_ranks(ranks)}
-    for adjustment in results["adjustments"]:
-        for name, indices in adjustment["pruned"].items():
-            ranks[name] -= len(indices)
-        for name, n in adjustment["expanded"].items():
-            ranks[name] += n
-        rows[adjustment["step"]] = mean_ranks(ranks)
-    return pandas.DataFrame(rows | {results["total_steps"]: mean_ranks(ranks)}).T
-
-
 def describe(results: dict) -> list[str]:
     """The lines printed of a run."""
     sizes = sorted(results["ranks"].values())
@@ -159,7 +150,7 @@ def describe(results: dict) -> list[str]:
         known = f"  (planted {planted[kind]:.0f})" if kind in planted else ""
         lines.append(f"  {kind:<{max(map(len, means))}} mean rank {mean:5.2f}{known}")
     compared = {results.get("floor_name"): results.get("floor", {}),
-                "the paper's ElaLoRA": results.get("paper", {})}
+                "the paper": results.get("paper", {})}
     for metric, value in results["metrics"].items():
         others = [f"{name} {x[metric]:.4f}" for name, x in compared.items() if metric in x]
         lines.append(f"  {metric:<15} {value:.4f}" + f"  ({', '.join(others)})" * bool(others))
@@ -312,63 +303,96 @@ def mean_std(values: pandas.Series) -> str:
     return "" if math.isnan(mean) else f"{mean:,.0f}" if mean == round(mean) else f"{mean:,.4g}"
 
 
-def in_words(x: pandas.Series) -> dict:
-    """A difference; its verdict is that of the corrected p at 5%."""
-    signed = lambda name: f"{x[name]:+,.{digits(x['std'])}f}"
-    found = {"difference": f"{signed('mean')} ± {signed('std')[1:]}", "pairs": int(x["n"])}
-    if math.isnan(x["p"]):
-        return found | {"verdict": "not tested"}
-    higher = "higher" if x["mean"] > 0 else "lower"
-    return found | {
-        "95% interval": f"{signed('low')} to {signed('high')}", "p (Holm)": f"{x['p']:.2g}",
-        "detectable": signed("detectable")[1:],
-        "verdict": higher if x["p"] < 0.05 else "inconclusive"}
+def mean_std_n(values: pandas.Series) -> str:
+    """And how many there are, if some are missing."""
+    n = values.count()
+    return f"{mean_std(values)} ({n})" if 0 < n < len(values) else mean_std(values)
+
+
+def in_words(x: pandas.Series, shape: str = "") -> str:
+    """A difference, by default its mean ± standard deviation with the corrected p."""
+    text = (shape or DIFFERENCE).format(d=digits(x["std"]), **x)
+    return text.replace("(p = nan)", "(not tested)")
 
 
 def tables(study: Path, rows: pandas.DataFrame) -> str:
     """What the runs of each task reached, their ranks, and the differences."""
-    names, found = [*rows], {}
-    end = names.index("seconds") + 1
+    found = {}
     for task, of_task in rows.groupby("task", sort=False):
         present = of_task.dropna(axis="columns", how="all").columns.difference(ASKED, sort=False)
-        reached = [name for name in names[1:end] if name in present]
-        ranks = [name for name in names[end:] if name in present and name != "commit"]
+        present = present.drop(["run", "commit"], errors="ignore")
         groups = of_task.groupby("run", sort=False)
-        found[task] = groups[reached].agg(mean_std).assign(seeds=groups.size())
-        found[f"{task}: ranks"] = groups[ranks].agg(mean_std)
+        found[task] = groups[[*present]].agg(mean_std).assign(seeds=groups.size()).T
         for family, pairs in families_of(study, of_task).items():
-            for metric in dict.fromkeys(["loss", reached[0], "train_loss"]):
-                if metric in present:
-                    table = differences(of_task, metric, pairs)
-                    found[f"{task}: {metric}, first minus second; {family}"] = pandas.DataFrame(
-                        {name: in_words(x) for name, x in table.iterrows()}).T.fillna("")
+            cells = {}
+            for metric in {"loss", present[0], "train_loss"} & {*present}:
+                for name, x in differences(of_task, metric, pairs).iterrows():
+                    cells.setdefault(metric, {})[name] = in_words(x)
+            heading = f"{task}, first minus second: {family}"
+            found[heading] = pandas.DataFrame(cells).sort_index(axis="columns")
     return "\n\n".join(f"## {heading}\n\n{table.to_markdown(disable_numparse=True)}"
                        for heading, table in found.items() if table.size)
 
 
-def page_of(folder: Path, task: str) -> Path:
-    """ValueError if it, or the index beside it, is a file of somebody else's."""
-    for path in (folder / "README.md", folder / f"{task}.md"):
-        if path.exists() and not path.read_text().startswith(MARK):
-            raise ValueError(f"{path} is not a page of runs and would be overwritten; take another "
-                             "--output-dir")
-    return folder / f"{task}.md"
+def papers_table(family: str, runs: list[dict]) -> str:
+    """A family's tasks × methods in percent, beside the paper's rows; then, what was not run."""
+    columns, rows = FAMILIES[family].columns, []
+    runs = sorted(runs, key=lambda r: (r["arguments"]["rank"], label(r["arguments"])))
+    for title, r in zip(titles(runs), runs):
+        asked = r["arguments"]
+        own = {name: asked[name] for name in ("rank", "method", "seed")}
+        own["run"] = re.sub(r", rank \d+", "", title)
+        rows.append(own | dict(column="parameters", value=r["adapter_parameters"] / 1e6))
+        rows += [own | dict(column=name, value=100 * r["metrics"][metric])
+                 for name, (task, metric) in columns.items()
+                 if task == asked["task"] and metric in r["metrics"]]
+    wide = pandas.DataFrame(rows).pivot_table(
+        "value", ["rank", "method", "run", "seed"], "column", sort=False)
+    present = [name for name in columns if name in wide]
+    wide["average"] = wide[present].mean(axis="columns", skipna=False)
+    lines = []
+    for (rank, method, run), seeds in wide.groupby(level=[0, 1, 2], sort=False):
+        parameters = f"{seeds['parameters'].mean():.2f} M"
+        cells = seeds[[*present, "average"]].agg(mean_std_n).to_dict()
+        lines.append(dict(rank=rank, run=run, parameters=parameters) | cells)
+        paper = FAMILIES[family].results.get((method, rank))
+        if paper:
+            percent = pandas.Series(paper[1:], [*columns])[present]
+            percent["average"] = percent.mean()
+            cells = percent.map("{:.2f}".format).to_dict()
+            lines.append(dict(rank=rank, run="the paper", parameters=f"{paper[0]:.2f} M") | cells)
+    missing: dict[str, list[str]] = {}
+    done = {(x["method"], x["rank"], x["column"]) for x in rows}
+    for method, rank in FAMILIES[family].results:
+        lacking = ", ".join(name for name in columns if (method, rank, name) not in done)
+        missing.setdefault(lacking, []).append(f"{METHODS[method]} at rank {rank}")
+    missing.pop("", None)
+    lacking = "; ".join(f"{', '.join(names)}: {tasks}" for tasks, names in missing.items())
+    table = pandas.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    return table + f"\n\nNot run: {lacking}." * bool(lacking)
 
 
-def compare(folder: Path, arguments: dict) -> str:
-    """Writes the page of a task's runs, TASK.md, and README.md, which lists the pages. Returns the
-    tables, but nothing for a single run."""
-    task = arguments["task"]
-    page = page_of(folder, task)
-    runs = [r for r in read(folder) if r["arguments"]["task"] == task]
-    text = tables(folder / task, frame(runs))
-    commands = "\n".join(sorted({r["command"] for r in runs}))
-    whole = f"{MARK}\n# {task}\n\n```sh\n{commands}\n```\n\n{LEGEND}\n\n{text}\n"
+def check_page(folder: Path, family: str) -> Path:
+    """Where the family's page is. ValueError if a file of somebody else's is there."""
+    path = folder / f"{family}.md"
+    if path.exists() and not path.read_text().startswith(MARK):
+        raise ValueError(f"{path} is not a page of runs and would be overwritten; take another "
+                         "--output-dir")
+    return path
+
+
+def compare(folder: Path, family: str) -> str:
+    """Writes the page of a family's runs, FAMILY.md; returns what it says beside the paper."""
+    page, tasks = check_page(folder, family), FAMILIES[family].tasks
+    runs = [r for r in read(folder) if r["arguments"]["task"] in tasks]
+    rows = frame(runs).drop(columns=["seconds", "commit"])  # the same runs make the same page
+    top = papers_table(family, runs)
+    every = ", ".join(sorted(shared_words(runs)))
+    parts = [f"{MARK}\n# {family}", f"Every run: {every}." * bool(every), top, LEGEND,
+             tables(folder / family, rows)]
+    whole = "\n\n".join(filter(None, parts)) + "\n"
     write(page, lambda path: path.write_text(whole))
-    pages = sorted({*folder.glob("*.md")} - {folder / "README.md"})
-    index = "".join(f"- [{path.name}]({path.name})\n" for path in pages)
-    write(folder / "README.md", lambda path: path.write_text(f"{MARK}\n# Runs\n\n{index}"))
-    return text if len(runs) > 1 else ""
+    return top
 
 
 # ---- Results in texts ----
@@ -394,8 +418,7 @@ def number(folder: Path, study: str, run: str, metric: str, shape: str = "") -> 
         return shape.format(mean=values.mean(), std=values.std(), n=len(values)) or mean_std(values)
     for pairs in families_of(folder / study, rows).values():
         if run.split(" − ") in pairs:
-            x = differences(rows, metric, pairs).loc[run]
-            return (shape or DIFFERENCE).format(d=digits(x["std"]), **x)
+            return in_words(differences(rows, metric, pairs).loc[run], shape)
     raise KeyError(run)
 
 

@@ -152,7 +152,7 @@ def test_a_step_of_training_is_algorithm_1s(world, monkeypatch):
                 adjusted.append(method.allocator.step())
                 method.optimizer.zero_grad()
             else:
-                adjusted.append(train_step(problem, batch, method)[1])
+                adjusted.append(train_step(problem, batch, method)[-1])
         moves = [(a.step, a.b, a.pruned, a.expanded) for a in adjusted if a]
         ends.append((moves, adapter_state_dict(problem.model), method.importance()))
     assert ends[0][0] == ends[1][0] != []

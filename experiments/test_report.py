@@ -82,22 +82,6 @@ def test_pruned_ranks_are_counted_as_if_each_had_been_followed():
     assert counts == (len(pruned), sum(pruned)) and 0 < sum(pruned) < len(pruned)
 
 
-def test_ranks_over_time_end_where_the_run_ended():
-    """They begin at the same rank everywhere, and follow what each adjustment pruned and added."""
-    adjustments = [
-        dict(step=10, pruned={"layer.1.q": [0]}, expanded={"layer.0.q": 1}),
-        dict(step=20, pruned={"layer.0.v": [1, 2, 3]}, expanded={"layer.0.q": 2, "layer.0.v": 1}),
-    ]
-    ranks = {"layer.0.q": 7, "layer.1.q": 3, "layer.0.v": 2}
-    results = dict(
-        arguments=dict(rank=4), total_steps=30, ranks=ranks, adjustments=adjustments)
-    found = report.ranks_over_time(results)
-    assert found.to_dict("index") == {
-        0: dict(q=4, v=4), 10: dict(q=4, v=4), 20: dict(q=5, v=2), 30: dict(q=5, v=2)
-    }  # fmt: skip
-    assert found.iloc[-1].to_dict() == report.mean_ranks(results["ranks"])
-
-
 # ---- Printed lines ----
 def test_a_run_is_described_beside_what_it_is_compared_with():
     """Mean ranks of each kind, metrics beside those of the floor and the paper, last the note."""
@@ -116,7 +100,7 @@ def test_a_run_is_described_beside_what_it_is_compared_with():
         "adjustments",
         "  q     mean rank  3.50  (planted 2)",
         "  dense mean rank  5.00",
-        "  accuracy        0.9000  (majority class 0.6838, the paper's ElaLoRA 0.9044)",
+        "  accuracy        0.9000  (majority class 0.6838, the paper 0.9044)",
         "  f1              0.8000",
         "  a note",
     ]
@@ -177,10 +161,10 @@ def test_differences_are_paired_by_seed_and_tested_from_five_pairs_on():
     assert found.loc[[*p], "detectable"].tolist() == pytest.approx(least)
     assert found.loc["ours − few", "n"] == 4
     assert found.loc[["ours − few", "ours − same"], "low"].isna().all()
-    verdicts = [report.in_words(x)["verdict"] for _, x in found.iterrows()]
-    assert verdicts == ["inconclusive", "higher", "not tested", "not tested"]
-    reverse = report.differences(rows, "accuracy", [("far", "ours")]).iloc[0]
-    assert report.in_words(reverse)["verdict"] == "lower"
+    text = report.in_words(found.loc["ours − far"])
+    assert close(text.partition(" (")[0], *mean_std(ours - far))
+    assert f"(p = {p['ours − far']:.2g})" in text
+    assert report.in_words(found.loc["ours − few"]).endswith(" (not tested)")
 
 
 # ---- Names ----
@@ -228,7 +212,7 @@ def write_run(folder, arguments, random, **metrics):
         adjustments=[dict(step=8, pruned={MATRICES[0]: [3]}, expanded={MATRICES[0]: 1})] * moves,
         scores={"9": [0.0, *random.random(4)]} if moves else {},
         history=[dict(epoch=i, train_loss=random.random(), metrics={}) for i in (1, 2)],
-        command=f"python reproduce.py --seeds {arguments['seed'] % 2}",
+        command=f"python reproduce.py --seeds {arguments['seed']}",
         versions=dict(torch="2.13.0", hardware="CPU"),
     )  # fmt: skip
     path = folder / f"{arguments['task']}-{report.label(arguments)}-s{arguments['seed']}"
@@ -278,12 +262,10 @@ def mean_std(values):
 def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
     """Means and deviations, ranks and how they correlate, differences to ElaLoRA."""
     write_run(tmp_path / "runs", arguments("lora") | dict(task="rte"), np.random.default_rng(1))
-    text = report.compare(tmp_path / "runs", runs["LoRA", 0]["arguments"])
-    page = (tmp_path / "runs/mrpc.md").read_text()
-    assert text in page and "python reproduce.py --seeds 0\npython reproduce.py --seeds 1\n" in page
-    tables = cells_of(text)
-    reached, ranks, *differences = tables.values()
-    assert [*reached] == ["AdaLoRA", "ElaLoRA", "LoRA"]  # none of RTE
+    report.compare(tmp_path / "runs", "glue")
+    tables = cells_of((tmp_path / "runs/glue.md").read_text())
+    assert [*tables] == ["mrpc", "mrpc, first minus second: ElaLoRA and others", "rte"]
+    reached, differences, _ = tables.values()
     accuracy, ours = {}, [runs["ElaLoRA", seed] for seed in range(6)]
     for title, n in (("AdaLoRA", 3), ("ElaLoRA", 6), ("LoRA", 6)):
         of_title = [runs[title, seed] for seed in range(n)]
@@ -291,40 +273,80 @@ def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
         losses = [r["history"][-1]["train_loss"] for r in of_title]
         means = [np.mean([r["ranks"][f"layer.{i}.b"] for i in range(3)]) for r in of_title]
         maps = np.corrcoef([np.sqrt([*r["ranks"].values()]) for r in of_title])  # 0, 1, ... 8
-        assert close(reached[title]["accuracy"], *mean_std(accuracy[title]))
-        assert close(reached[title]["train_loss"], *mean_std(losses))
-        assert close(ranks[title]["rank of b"], *mean_std(means))
-        assert close(ranks[title]["rank_correlation"], *mean_std((maps.sum(0) - 1) / (n - 1)))
-        assert reached[title]["adapter_parameters"] == "1,234"
-        assert reached[title]["seeds"] == str(n)
+        assert close(reached["accuracy"][title], *mean_std(accuracy[title]))
+        assert close(reached["train_loss"][title], *mean_std(losses))
+        assert close(reached["rank of b"][title], *mean_std(means))
+        assert close(reached["rank_correlation"][title], *mean_std((maps.sum(0) - 1) / (n - 1)))
+        assert reached["adapter_parameters"][title] == "1,234"
+        assert reached["seeds"][title] == str(n)
     medians = [np.log10(np.median(np.maximum(r["scores"]["9"], 1e-20))) for r in ours]
-    assert close(ranks["ElaLoRA"]["score_median"], *mean_std(medians))
-    assert [ranks[title]["pruned"] for title in ranks] == ["", "1", ""]
-    assert [*tables][2:] == ["mrpc: accuracy, first minus second; ElaLoRA and others",
-                             "mrpc: train_loss, first minus second; ElaLoRA and others"]
-    difference = accuracy["ElaLoRA"] - accuracy["LoRA"]
-    row = differences[0]["ElaLoRA − LoRA"]
-    assert close(row["difference"], *mean_std(difference)) and row["pairs"] == "6"
-    assert differences[0]["ElaLoRA − AdaLoRA"]["verdict"] == "not tested"
+    assert close(reached["score_median"]["ElaLoRA"], *mean_std(medians))
+    assert {title: x for title, x in reached["pruned"].items() if title} == dict(
+        AdaLoRA="", ElaLoRA="1", LoRA="")
+    row = differences["ElaLoRA − LoRA"]
+    text, _, p = row["accuracy"].partition(" (p = ")
+    assert close(text, *mean_std(accuracy["ElaLoRA"] - accuracy["LoRA"])) and p
+    losses = [[runs[title, seed]["history"][-1]["train_loss"] for seed in range(6)]
+              for title in ("ElaLoRA", "LoRA")]  # fmt: skip
+    assert close(row["train_loss"].partition(" (")[0], *mean_std(np.subtract(*losses)))
+    assert differences["ElaLoRA − AdaLoRA"]["accuracy"].endswith("(not tested)")
 
 
-def test_every_task_has_a_page_and_readme_lists_them(runs, tmp_path):
-    """A single run has a page, but nothing is printed of it."""
-    asked = write_run(tmp_path / "runs", arguments("lora", task="rte"), np.random.default_rng(1))
-    assert report.compare(tmp_path / "runs", asked["arguments"]) == ""
-    report.compare(tmp_path / "runs", runs["LoRA", 0]["arguments"])
-    index = (tmp_path / "runs/README.md").read_text()
-    assert "- [mrpc.md](mrpc.md)\n- [rte.md](rte.md)\n" in index
-    assert "## rte" in (tmp_path / "runs/rte.md").read_text()
+def test_a_page_has_tasks_and_methods_beside_the_paper(tmp_path):
+    """Percentages with their deviations, averages of the seeds that did all tasks, the paper's
+    numbers and their mean, and what was not run."""
+    folder, random, accuracy = tmp_path / "runs", np.random.default_rng(0), {}
+    for task, method, seed in itertools.product(("rte", "mrpc"), ("elalora", "lora"), range(3)):
+        if (task, method, seed) != ("rte", "lora", 2):
+            r = write_run(folder, arguments(method, 2, seed) | dict(task=task), random)
+            accuracy[task, method, seed] = 100 * r["metrics"]["accuracy"]
+    write_run(folder, arguments("svd", 10) | dict(task="mrpc"), random)
+    text = report.compare(folder, "glue")
+    assert text in (folder / "glue.md").read_text()
+    header, _, *lines = [line.split("|")[1:-1] for line in text.splitlines() if line[:1] == "|"]
+    header, *lines = [[cell.strip() for cell in line] for line in (header, *lines)]
+    assert header == ["rank", "run", "parameters", "rte", "mrpc", "average"]
+    assert [line[:3] for line in lines] == [
+        ["2", "ElaLoRA", "0.00 M"], ["2", "the paper", "0.33 M"], ["2", "LoRA", "0.00 M"],
+        ["2", "the paper", "0.33 M"], ["10", "even ranks", "0.00 M"]]
+    assert lines[1][3:] == ["85.92", "90.44", "88.18"]
+    assert lines[3][3:] == ["83.03", "88.48", "85.75"]
+    for line, method in ((lines[0], "elalora"), (lines[2], "lora")):
+        of = {task: [accuracy[task, method, seed] for seed in range(3)
+                     if (task, method, seed) in accuracy] for task in ("rte", "mrpc")}
+        assert line[3].endswith(" (2)") == (method == "lora")
+        assert close(line[3].removesuffix(" (2)"), *mean_std(of["rte"]))
+        assert close(line[4], *mean_std(of["mrpc"]))
+        n = len(of["rte"])
+        both = np.mean([of["rte"], of["mrpc"][:n]], axis=0)
+        assert close(line[5].removesuffix(" (2)"), *mean_std(both))
+    assert lines[4][3] == lines[4][5] == ""
+    six, eight = "mnli, sst2, cola, qqp, qnli, stsb", "mnli, sst2, cola, qqp, qnli, rte, mrpc, stsb"
+    others = ", ".join(f"{name} at rank {rank}" for rank in (2, 4, 10)
+                       for name in ("LoRA", "AdaLoRA", "ElaLoRA") if rank > 2 or name == "AdaLoRA")
+    missing = text.partition("Not run: ")[2]
+    assert missing == f"LoRA at rank 2, ElaLoRA at rank 2: {six}; {others}: {eight}."
 
 
-@pytest.mark.parametrize("name", ["README.md", "mrpc.md"])
-def test_a_page_of_somebody_elses_is_not_overwritten(name, runs, tmp_path):
-    """Such as a project's own README.md."""
-    (tmp_path / "runs" / name).write_text("# My project")
-    with pytest.raises(ValueError, match=f"{name} is not a page of runs"):
-        report.compare(tmp_path / "runs", runs["LoRA", 0]["arguments"])
-    assert (tmp_path / "runs" / name).read_text() == "# My project"
+def test_the_same_runs_make_the_same_page(runs, tmp_path):
+    """Whatever time they took, and by whatever commands and commits they were made."""
+    report.compare(tmp_path / "runs", "glue")
+    page = (tmp_path / "runs/glue.md").read_bytes()
+    for i, path in enumerate((tmp_path / "runs").glob("mrpc*/results.json")):
+        results = json.loads(path.read_text())
+        results |= dict(seconds=i, command=f"--resume {i}", commit=f"{i}")
+        path.write_text(json.dumps(results))
+    report.compare(tmp_path / "runs", "glue")
+    assert (tmp_path / "runs/glue.md").read_bytes() == page
+
+
+def test_a_page_of_somebody_elses_is_not_overwritten(runs, tmp_path):
+    """It has another first line."""
+    page = tmp_path / "runs/glue.md"
+    page.write_text("# My project")
+    with pytest.raises(ValueError, match="glue.md is not a page of runs"):
+        report.compare(tmp_path / "runs", "glue")
+    assert page.read_text() == "# My project"
 
 
 def test_a_study_has_all_of_each_run_bit_for_bit(runs, tmp_path, capsys):
@@ -376,13 +398,13 @@ def test_packing_loses_no_run(runs, tmp_path):
 def test_only_differences_that_were_named_are_tested(runs, tmp_path):
     """Each family is corrected for its own number; a heading says how many were run."""
     named = {"b = 1": [["LoRA", "ElaLoRA"], ["ElaLoRA", "EVA"]], "others": [["LoRA", "AdaLoRA"]]}
-    (tmp_path / "runs/contrasts.json").write_text(json.dumps(dict(mrpc=named)))
-    tables = cells_of(report.compare(tmp_path / "runs", runs["LoRA", 0]["arguments"]))
+    (tmp_path / "runs/contrasts.json").write_text(json.dumps(dict(glue=named)))
+    report.compare(tmp_path / "runs", "glue")
+    tables = cells_of((tmp_path / "runs/glue.md").read_text())
     found = {heading: [*rows] for heading, rows in tables.items() if "minus" in heading}
-    metrics = ("accuracy", "train_loss")
     families = {"b = 1, 1 of 2": "LoRA − ElaLoRA", "others, 1 of 1": "LoRA − AdaLoRA"}
-    assert found == {f"mrpc: {metric}, first minus second; {family} named beforehand": [name]
-                     for family, name in families.items() for metric in metrics}
+    assert found == {f"mrpc, first minus second: {family} named beforehand": [name]
+                     for family, name in families.items()}
 
 
 # ---- Numbers in texts ----
@@ -408,39 +430,6 @@ def test_what_stands_between_marks_is_what_the_study_says(runs, tmp_path):
 
 
 # ---- Pictures ----
-def test_the_forest_draws_every_difference_with_its_interval(tmp_path, monkeypatch):
-    """A point at the mean, a line from the lower to the upper end of the interval, and what is
-    significant in the colour of the better method; less is better."""
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
-    names = ["ElaLoRA, b = 8 − LoRA", "ElaLoRA − AdaLoRA", "LoRA − even ranks"]
-    table = pandas.DataFrame(
-        dict(mean=[1, -2, 0], low=[0.5, -3, -1], high=[1.5, -1, 1], p=[0.01, 0.01, 0.5],
-             detectable=[1, 2, 1]), index=names)
-    figures.forest({"a task": table, "another": table}, tmp_path / "forest.png")
-    for axis in drawn[0].axes:
-        lines = {tuple(line.get_xdata()): line.get_color() for line in axis.lines}
-        assert lines[1.0,] == lines[0.5, 1.5] == figures.COLORS["LoRA"]
-        assert lines[-2.0,] == lines[-3.0, -1.0] == figures.COLORS["ElaLoRA"]
-        assert lines[-1.0, 1.0] == "0.25"
-        labels = [text.get_text() for text in axis.get_yticklabels()]
-        assert labels == [name.replace("−", "against") for name in names[::-1]]
-        assert re.fullmatch("← first is better .* second is better →", axis.get_xlabel())
-
-
-def test_ranks_over_time_end_beside_what_was_planted(tmp_path, monkeypatch):
-    """The triangles are in one column, each at its planted rank, in the colour of its curve."""
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
-    steps = [pandas.DataFrame({0.0: [4, 1 + i], 12.0: [4, 11 - i]}, [0, 50]) for i in range(3)]
-    figures.over_time(steps, {0.0: "out", 12.0: "in"}, tmp_path / "x.png")
-    low, below, high, above = drawn[0].axes[0].lines
-    assert low.get_ydata().tolist() == [4, 2] and high.get_ydata().tolist() == [4, 10]
-    assert [*below.get_ydata(), *above.get_ydata()] == [0, 12]
-    assert below.get_xdata() == above.get_xdata() > 50
-    assert (below.get_color() == low.get_color()).all()
-
-
 def test_a_method_has_one_colour(tmp_path, monkeypatch):
     """Its second curve is dashed."""
     drawn = []

@@ -4,14 +4,21 @@ Oracles are independent: the model that was written, a run of one process.
 """
 
 import ast
+import http.server
+import itertools
 import json
 import re
 import shutil
+import socket
 import statistics
 import subprocess
+import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +30,7 @@ from experiments import training
 from experiments.conftest import ROOT, arguments_of, config_of, make_problem, python, torchrun
 from experiments.problem import DEVICE
 from experiments.tables import FAMILIES, recipe_of
+from experiments.training import train
 
 
 def results_of(folder):
@@ -86,7 +94,8 @@ def test_a_run_writes_all_that_it_promises(task, world, tmp_path, monkeypatch, c
     config = config_of(world, task, epochs=2)
     reproduce.main(arguments_of(config))
     folder = tmp_path / reproduce.folder_of(config, "runs")
-    names = {"results.json", "ranks.png", "scores.png", "adapter.safetensors", "peft"}
+    names = {"results.json", "ranks.png", "scores.png", "adapter.safetensors", "peft", "log.csv",
+             "loss.png"}  # fmt: skip
     names |= {"predictions.json"} if task != "planted" else set()
     assert {path.name for path in folder.iterdir()} == names
     assert all((folder / name).read_bytes()[1:4] == b"PNG" for name in names if ".png" in name)
@@ -122,7 +131,7 @@ def test_runs_repeat_bit_for_bit(world, tmp_path, monkeypatch, capsys):
     arguments = arguments_of(config_of(world, "planted"))
     reproduce.main([*arguments, "--seeds", "0", "1"])
     assert "| ElaLoRA" in capsys.readouterr().out
-    assert {path.name for path in Path("runs").glob("*.md")} == {"README.md", "planted.md"}
+    assert {path.name for path in Path("runs").glob("*.md")} == {"planted.md"}
     reproduce.main([*arguments, "--output-dir", "again"])
     folders = [reproduce.folder_of(config_of(world, "planted", seed=seed), where)
                for seed, where in ((0, "runs"), (0, "again"), (1, "runs"))]  # fmt: skip
@@ -220,17 +229,147 @@ def test_a_file_of_ranks_takes_the_place_of_even_ones(world, tmp_path, refusal):
     assert "map.json had other ranks" in refusal("--method", "svd", "--ranks", "map.json")
 
 
+# ---- A table in one command ----
+def test_a_family_stands_for_the_papers_tasks():
+    """In the order of Table 2; sst2_heldout and caltech101 are not the paper's."""
+    for family, tasks in (("glue", "mnli sst2 cola qqp qnli rte mrpc stsb"), ("xsum", "xsum"),
+                          ("vtab", "cifar svhn eurosat resisc45 dsprites_ori dmlab")):
+        args, runs = reproduce.parse(["--task", family, "--seeds", "0", "1"])
+        assert args.task == tasks.split() and args.family == family
+        assert [config.task for config, _ in runs] == [t for t in tasks.split() for _ in "01"]
+
+
+def test_a_table_that_is_interrupted_twice_ends_in_the_same_page(world, tmp_path, monkeypatch,
+                                                                 capsys):
+    """With --resume it goes on where it was, and makes no run twice."""
+    monkeypatch.chdir(tmp_path)
+    words = [*arguments_of(config_of(world, "rte", epochs=2)), "--task", "rte", "stsb",
+             "--method", "elalora", "lora", "--seeds", "0", "1"]  # fmt: skip
+    reproduce.main([*words, "--output-dir", "whole"])
+    evaluate, count = training.evaluate, itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(count) in (4, 9):  # of 16
+            raise KeyboardInterrupt
+        evaluate(*arguments)
+
+    monkeypatch.setattr(training, "evaluate", interrupted)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            reproduce.main([*words, "--resume"])
+    reproduce.main([*words, "--resume"])
+    assert next(count) == 16 + 2 + 1  # two were interrupted
+    assert Path("runs/glue.md").read_bytes() == Path("whole/glue.md").read_bytes()
+    for path in Path("whole").glob("*/log.csv"):
+        assert path.read_bytes() == Path("runs", *path.parts[1:]).read_bytes()
+    assert "Not run: LoRA at rank 2" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_the_hours_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    """Steps times the seconds of the second step, for the runs that are left."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--epochs", "2", "--method", "elalora", "lora"]
+    reproduce.main([*words[:2], "--method", "lora"])
+    before, clock, seconds = sorted(tmp_path.rglob("*")), [0.0], iter([99, 36, 99, 72])
+    step = reproduce.train_step
+
+    def slow(*arguments):
+        clock[0] += next(seconds)
+        return step(*arguments)
+
+    monkeypatch.setattr(reproduce, "train_step", slow)
+    monkeypatch.setattr(reproduce, "time", SimpleNamespace(time=lambda: clock[0]))
+    capsys.readouterr()
+    reproduce.main([*words, "--seeds", "0", "1", "--dry-run"])
+    out = [line for line in capsys.readouterr().out.splitlines() if line[0] == " "]
+    assert [line.split(":")[0].strip() for line in out] == [
+        "planted-elalora-r4-s0", "planted-elalora-r4-s1", "planted-lora-r4-s1"]
+    hours = [20 * 36 / 3600] * 2 + [20 * 72 / 3600]
+    assert [line.split(": ")[1] for line in out] == [
+        f"20 steps of {3600 * h / 20:.2g} s, {h:.2f} hours" for h in hours]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_gradient_checkpointing_changes_no_number(world, tmp_path, monkeypatch):
+    """Dropout draws the same numbers when layers are computed again."""
+    monkeypatch.chdir(tmp_path)
+    config, models = config_of(world, "rte", epochs=2), []
+    monkeypatch.setattr(reproduce, "train", lambda problem, *a: (
+        models.append(problem.model), train(problem, *a))[1])
+    for words in ([], ["--gradient-checkpointing", "--output-dir", "again"]):
+        reproduce.main([*arguments_of(config), *words])
+    assert [model.is_activation_checkpointing for model in models] == [False, True]
+    one, two = (results_of(reproduce.folder_of(config, where)) for where in ("runs", "again"))
+    assert one["history"] == two["history"] and one["ranks"] == two["ranks"]
+
+
+@pytest.mark.parametrize("method", ["elalora", "lora", "adalora"])
+def test_no_warning_of_a_library_reaches_the_user(method, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reproduce.main(arguments_of(config_of(world, "rte", method, epochs=2)))
+    assert not [x for x in caught if not x.filename.startswith(str(ROOT))
+                and "unclosed" not in str(x.message)]
+
+
+# ---- The hub and the device ----
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_hub_that_does_not_answer_is_asked_once(answers, monkeypatch, capsys):
+    """Then the libraries are offline. What is local asks for no hub."""
+    hub, asked = huggingface_hub.constants, []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        log_message = lambda *arguments: None
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{port}")
+    server = http.server.HTTPServer(("127.0.0.1", port), Hub) if answers else None
+    if server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    reproduce.check_hub(None, None)
+    reproduce.check_hub(str(ROOT), str(ROOT))
+    assert not asked and not capsys.readouterr().err
+    reproduce.check_hub("microsoft/deberta-v3-base", str(ROOT))
+    assert hub.HF_HUB_OFFLINE != answers and len(asked) == answers
+    assert (f"127.0.0.1:{port} does not answer" in capsys.readouterr().err) != answers
+    if server:
+        server.shutdown()
+        server.server_close()
+
+
+def test_autocast_is_bfloat16_only_on_a_gpu_that_has_it(monkeypatch):
+    """Not where it would be emulated."""
+    assert DEVICE == "cuda" or shared.best_dtype() == "float32"
+    monkeypatch.setattr(shared, "DEVICE", "cuda")
+    for has in (True, False):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation: has or including_emulation)
+        assert shared.best_dtype() == ("bfloat16" if has else "float32")
+
+
 # ---- What is refused ----
 BAD_ARGUMENTS = {
     "task": (["--task", "wnli"], "invalid choice: 'wnli'"),
     "rank": (["--rank", "0"], "--rank takes integers >= 1"),
     "rank of planted": (["--rank", "12"], "--rank 12: 2 to 11 leave a choice"),
     "epochs": (["--epochs", "0"], "epochs must be a number > 0, got 0"),
-    "seeds": (["--seeds", "3", "1", "3"], r"--seeds \[3, 1, 3\]: remove duplicates"),
-    "dtype": (["--dtype", "bfloat16"], "--dtype, --holdout are not for planted"),
+    "seeds": (["--seeds", "3", "1", "3"], "--seeds 3 1 3: remove duplicates"),
+    "dtype": (["--dtype", "bfloat16"], "--dtype is not for planted: name another --task"),
+    "checkpointing": (["--gradient-checkpointing"], "--gradient-checkpointing is not for planted"),
     "data": (["--task", "mrpc", "--data-dir", "nowhere"], "--data-dir: nowhere is not a folder"),
     "model": (["--task", "mrpc", "--model", "./nowhere"], "nowhere is not a folder with a config"),
-    "hub": (["--task", "mrpc"], r"\(without the hub: --model FOLDER --data-dir FOLDER\)"),
+    "hub": (["--task", "mrpc"], r"\(without the hub: --model folders/deberta-v3-base --data-dir "
+            r"folders/glue\)"),
+    "two families": (["--task", "mrpc", "cifar"], "--task: glue and vtab need a command each"),
+    "a task twice": (["--task", "glue", "rte"], "stsb rte: remove duplicates"),
+    "reporter": (["--report-to", "wandb"], "--report-to wandb: pip install wandb"),
     "targets": (["--targets", "dense", "bias"], "--targets bias: none of .*output.dense ends so"),
     "set": (["--set", "b=1", "--set", "k=two"], "--set k=two: "),
     "phases": (["--set", "warmup=9999"], "total_steps must hold warm-up"),

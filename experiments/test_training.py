@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import tqdm
@@ -18,6 +19,7 @@ import reproduce
 from experiments import problem as shared
 from experiments import training
 from experiments.conftest import arguments_of, config_of, end_of, make
+from experiments.problem import trained
 from experiments.training import train
 
 
@@ -32,11 +34,67 @@ def test_a_loss_that_is_no_number_ends_the_run(world, tmp_path):
     assert len(torch.load(tmp_path / "checkpoint.pt")["log"]["history"]) == 1
 
 
+# ---- The log of every step ----
+def gradient_norm(problem, method, batch):
+    """Of loss and penalty, at the present weights."""
+    problem.model.train()
+    (problem.loss(problem.model, batch) + method.penalty()).backward()
+    squares = sum(float(w.grad.double().square().sum()) for w in trained(problem.model).values())
+    return squares**0.5
+
+
+def test_every_step_is_logged_as_it_goes(world, tmp_path):
+    """Before the next batch is drawn. A row has the step's loss, rate, gradient and moved ranks."""
+    config, lines = config_of(world, "planted"), []
+    problem, method = make(config)
+    batches = problem.batches
+
+    def watched(epoch):
+        for batch in batches(epoch):
+            if (tmp_path / "log.csv").exists():
+                lines.append((tmp_path / "log.csv").read_text().splitlines())
+            yield batch
+
+    problem.batches = watched
+    log = train(problem, method, config, tmp_path / "checkpoint.pt")
+    assert [len(found) for found in lines] == [*range(1, 41)]
+    rows = pandas.read_csv(tmp_path / "log.csv")
+    assert [*rows["step"]] == [*range(1, 41)]
+    means = rows["loss"].to_numpy().reshape(4, 10).mean(axis=1)
+    assert means == pytest.approx([epoch["train_loss"] for epoch in log["history"]], rel=1e-4)
+    peak = method.recipe.learning_rate
+    rates = [peak * min(t / 4, (40 - t) / 36) for t in range(40)]  # up in 4 steps, down in 36
+    assert [*rows["learning_rate"]] == pytest.approx(rates, rel=1e-4)
+    moved = {a["step"]: sum(map(len, a["pruned"].values())) for a in log["adjustments"]}
+    assert rows[rows["ranks_moved"] > 0].set_index("step")["ranks_moved"].to_dict() == {
+        step: n for step, n in moved.items() if n}
+    again, fresh = make(config)
+    expected = gradient_norm(again, fresh, next(iter(again.batches(1))))
+    assert rows["gradient_norm"][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_tensorboard_has_the_rows_of_the_log_once(world, tmp_path):
+    """By its own reader, of a run that was interrupted and went on."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = tmp_path / "checkpoint.pt"
+    end_of(config_of(world, "planted"), path, stop=3, report_to="tensorboard")
+    rows = pandas.read_csv(tmp_path / "log.csv").set_index("step")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert {*events.Tags()["scalars"]} == {*rows}
+    for name in rows:
+        found = {x.step: x.value for x in events.Scalars(name)}
+        assert len(found) == len(events.Scalars(name))
+        assert found == pytest.approx(rows[name].to_dict(), rel=1e-5)
+
+
 # ---- Interrupted, killed, broken ----
 def files_of(folder):
     """All of a run that must not depend on interruptions."""
     results = reproduce.json.loads((folder / "results.json").read_text())
-    names = ("adapter.safetensors", "peft/adapter_model.safetensors", "peft/adapter_config.json")
+    names = ("adapter.safetensors", "peft/adapter_model.safetensors", "peft/adapter_config.json",
+             "log.csv")  # fmt: skip
     return results | dict(seconds=0, command=""), [(folder / n).read_bytes() for n in names]
 
 

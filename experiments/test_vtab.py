@@ -98,3 +98,13 @@ def test_accuracies_and_losses_are_those_of_the_images(world):
     held_out = config_of(world, "cifar", holdout=True)
     problem = make_problem(held_out, recipe_of(held_out))
     assert [*problem.evaluate(True)] == ["val_accuracy", "val_loss"]
+
+
+def test_a_batch_has_its_images_in_their_order(world):
+    """Though threads decode them, from a zip or a folder."""
+    *_, test, _ = vtab.load_images("cifar", str(world / "vtab"), str(world / "vit"))
+    order = [*range(len(test))][::-1]
+    batch = test.__getitems__(order)
+    assert [row["labels"] for row in batch] == [test[i]["labels"] for i in order]
+    assert all(torch.equal(row["pixel_values"], test[i]["pixel_values"])
+               for row, i in zip(batch, order))

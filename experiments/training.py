@@ -1,11 +1,14 @@
 """Algorithm 1's loop, with an evaluation and a checkpoint after every epoch."""
 
+import csv
 import importlib
 import itertools
 import math
+import os
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,8 +37,8 @@ def rounded(values: Iterable, digits: int) -> list:
 
 
 def train_step(problem: Problem, batch: object, method: Method
-               ) -> tuple[Tensor, elalora.Adjustment | None]:
-    """One iteration of Algorithm 1's loop."""
+               ) -> tuple[Tensor, Tensor, elalora.Adjustment | None]:
+    """One iteration of Algorithm 1's loop. Returns its loss and gradient norm, scalars, too."""
     weights = [w for group in method.optimizer.param_groups for w in group["params"]]
     loss = problem.loss(problem.model, batch)
     loss.backward()
@@ -46,28 +49,30 @@ def train_step(problem: Problem, batch: object, method: Method
         gradients = [w.grad for w in weights if w.grad is not None]
         mean = mean_of_processes(nn.utils.parameters_to_vector(gradients))
         nn.utils.vector_to_parameters(mean, gradients)
-    nn.utils.clip_grad_norm_(weights, 1.0)
+    norm = nn.utils.clip_grad_norm_(weights, 1.0)  # before clipping
     method.optimizer.step()
     method.scheduler.step()
     adjustment = method.step()  # scores, and where one is due, an adjustment
     method.optimizer.zero_grad()
-    return loss.detach(), adjustment
+    return loss.detach(), norm, adjustment
 
 
-def train(problem: Problem, method: Method, config: Config, checkpoint: Path) -> dict:
+def train(problem: Problem, method: Method, config: Config, checkpoint: Path,
+          report_to: str | None = None) -> dict:
     """Trains all epochs that the checkpoint does not have; returns the log."""
-    log = dict(seconds=0.0, history=[], adjustments=[], scores={})
+    log = dict(seconds=0.0, history=[], adjustments=[], scores={}, steps=[])
     if checkpoint.exists():
         log = restore(checkpoint, config, problem.model, method)
     started = time.time() - log["seconds"]
-    with tqdm.tqdm(desc=f"{config.task} {config.method} {config.seed}", initial=method.t,
-                   total=method.schedule.total_steps, mininterval=1,
-                   disable=shared.PROCESS > 0) as bar:
+    with (tqdm.tqdm(desc=f"{config.task} {config.method} {config.seed}", initial=method.t,
+                    total=method.schedule.total_steps, mininterval=1,
+                    disable=shared.PROCESS > 0) as bar,
+          step_log(checkpoint.parent, config, log["steps"], report_to) as log_step):
         for epoch in range(len(log["history"]) + 1, method.recipe.epochs + 1):
             if log["history"]:  # only now: the checkpoint is safe if the evaluation is killed
                 evaluate(problem, method, log)
             torch.manual_seed(seed_of(config, epoch) * shared.PROCESSES + shared.PROCESS)  # dropout
-            train_loss = train_epoch(problem, method, epoch, log, bar)
+            train_loss = train_epoch(problem, method, epoch, log, log_step, bar)
             check_alike(problem.model)
             log["history"].append(dict(epoch=epoch, train_loss=train_loss))
             log["seconds"] = time.time() - started
@@ -77,13 +82,19 @@ def train(problem: Problem, method: Method, config: Config, checkpoint: Path) ->
     return log
 
 
-def train_epoch(problem: Problem, method: Method, epoch: int, log: dict, bar: tqdm.tqdm) -> float:
+def train_epoch(problem: Problem, method: Method, epoch: int, log: dict,
+                log_step: Callable[[list], None], bar: tqdm.tqdm) -> float:
     """Trains on all batches of an epoch, adds to the log; returns the mean of the losses."""
     problem.model.train()
     losses, schedule = [], method.schedule
+    moved = sum(row[-1] for row in log["steps"])  # ranks, so far
     for batch in problem.batches(epoch):
-        loss, adjustment = train_step(problem, batch, method)
+        rate = method.optimizer.param_groups[0]["lr"]
+        loss, norm, adjustment = train_step(problem, batch, method)
         losses.append(loss.item())
+        now = sum(map(len, adjustment.pruned.values())) if adjustment else 0
+        moved += now
+        log_step([method.t, *rounded((losses[-1], rate, norm.item()), 6), now])
         if not math.isfinite(losses[-1]):
             raise ValueError(
                 f"loss {losses[-1]} at step {method.t}: try float32 or another seed")
@@ -94,7 +105,8 @@ def train_epoch(problem: Problem, method: Method, epoch: int, log: dict, bar: tq
         if method.t in (schedule.warmup_steps, schedule.search_end):
             scores = itertools.chain(*(S.tolist() for S in method.importance().values()))
             log["scores"][method.t] = rounded(scores, 3)
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        after = (method.t > schedule.warmup_steps) + (method.t > schedule.search_end)
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", phase=PHASES[after], moved=moved, refresh=False)
         bar.update()
     return float(mean_of_processes(torch.tensor(statistics.fmean(losses), device=DEVICE)))
 
@@ -104,6 +116,53 @@ def evaluate(problem: Problem, method: Method, log: dict) -> None:
     problem.model.eval()
     epoch = log["history"][-1]
     epoch["metrics"] = problem.evaluate(epoch["epoch"] == method.recipe.epochs)
+
+
+# ---- What is logged of every step ----
+PHASES = ("warm-up", "search", "stabilization")
+COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "ranks_moved")
+
+
+@contextmanager
+def tensorboard(folder: Path, config: Config, steps: int) -> Iterator[Callable[[dict], object]]:
+    from torch.utils.tensorboard import SummaryWriter
+    with SummaryWriter(folder, purge_step=steps + 1) as writer:
+        yield lambda row: [writer.add_scalar(name, row[name], row["step"]) for name in COLUMNS[1:]]
+
+
+@contextmanager
+def wandb(folder: Path, config: Config, steps: int) -> Iterator[Callable[[dict], object]]:
+    from wandb import init
+    with init(project="elalora", id=folder.name, dir=folder, config=asdict(config),
+              resume="allow") as run:
+        yield lambda row: run.log(row, step=row["step"])
+
+
+REPORTERS = {None: lambda *run: nullcontext(lambda row: None), "tensorboard": tensorboard,
+             "wandb": wandb}
+
+
+@contextmanager
+def step_log(folder: Path, config: Config, rows: list[list], report_to: str | None
+             ) -> Iterator[Callable[[list], None]]:
+    """Yields what adds a step's row to rows, to log.csv at once, and to the reporter.
+
+    log.csv is written anew from rows, those of the checkpoint, so that a run that goes on has every
+    step once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, report_to = (folder / "log.csv", report_to) if shared.PROCESS == 0 else (os.devnull, None)
+    with (open(path, "w", buffering=1) as file,  # of lines, which survive a kill
+          REPORTERS[report_to](folder, config, len(rows)) as report_step):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([COLUMNS, *rows])
+
+        def add(row: list) -> None:
+            rows.append(row)
+            writer.writerow(row)
+            report_step(dict(zip(COLUMNS, row)))
+
+        yield add
 
 
 # ---- Checkpoints ----

@@ -9,6 +9,7 @@ import math
 import statistics
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,11 @@ class Images(Dataset):
         pixels = self.processor(self.image(i), return_tensors="pt")["pixel_values"][0]
         return dict(pixel_values=pixels, labels=self.rows[i][1])
 
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """A batch, by threads: processes could not share a zip."""
+        with ThreadPoolExecutor() as pool:
+            return [*pool.map(self.__getitem__, indices)]
+
 
 @functools.cache
 def load_images(task: str, data_dir: str | None, model: str) -> tuple[list, list, Images, int]:
@@ -127,7 +133,7 @@ def problem(config: Config, recipe: Recipe) -> Problem:
 
     def loss(model: nn.Module, batch: dict) -> torch.Tensor:
         with autocast(config):
-            return model(**{key: x.to(DEVICE) for key, x in batch.items()}).loss
+            return model(**{key: x.to(DEVICE, non_blocking=True) for key, x in batch.items()}).loss
 
     def predict(batch: dict) -> list[tuple[int, float]]:
         logits = model(pixel_values=batch["pixel_values"].to(DEVICE)).logits.float()
