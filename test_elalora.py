@@ -835,7 +835,10 @@ def test_averages_move_until_the_search_ends_and_steps_are_counted_on():
     optimizer, allocator = training(model, schedule=RankSchedule(9, 1, 4, 2, 0))
     for step in range(7):
         before = copy.deepcopy(allocator.importance())
-        assert train_step(model, optimizer, allocator, step) is None
+        if step == 5:
+            assert allocator.step() is None
+        else:
+            assert train_step(model, optimizer, allocator, step) is None
         same = all(torch.equal(before[name], S) for name, S in allocator.importance().items())
         assert same == (step + 1 > 5)
     with warnings.catch_warnings():
@@ -1234,7 +1237,8 @@ def test_the_task_type_is_pefts_and_several_may_write(name, tmp_path, monkeypatc
     """By the name of the class. No process meets the temporary file of another; none is left."""
     safetensors, paths, net = pytest.importorskip("safetensors.torch"), [], adapted_net()
     save = safetensors.save_file
-    monkeypatch.setattr(safetensors, "save_file", lambda x, path: (paths.append(path), save(x, path)))
+    recorded = lambda tensors, path: (paths.append(path), save(tensors, path))
+    monkeypatch.setattr(safetensors, "save_file", recorded)
     net.__class__ = type(name, (Net,), {})
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: export_peft(net, tmp_path, "base"), range(8)))
