@@ -33,9 +33,10 @@ METHODS = dict(  # the last three are in results/ only
     eva="EVA", final="ElaLoRA's final ranks", shuffled="shuffled ranks")
 ASKED = asdict(Config(None, None, None, None))  # the defaults of what older runs do not name
 RESULTS = Path(__file__).parent.parent / "results"
-LEGEND = """Mean ± standard deviation over the seeds; (n) where only n of them are done. Parameters
-are counted at the end of a run; the paper counts AdaLoRA's at the start. Differences are paired by
-seed and tested from five pairs on (Student's t, Holm's correction)."""
+LEGEND = """Mean ± standard deviation over the seeds; (n) where only n of them are done. An average
+is over the tasks shown. Parameters are counted at the end of a run; the paper counts AdaLoRA's at
+the start. Differences are paired by seed and tested from five pairs on (Student's t, Holm's
+correction)."""
 MARK = "<!-- made by experiments/report.py -->"
 DIFFERENCE = "{mean:+.{d}f} ± {std:.{d}f} (p = {p:.2g})"
 
@@ -359,8 +360,9 @@ def papers_table(family: str, runs: list[dict]) -> str:
         if paper:
             percent = pandas.Series(paper[1:], [*columns])[present]
             percent["average"] = percent.mean()
+            name, parameters = f"{METHODS[method]}, the paper", f"{paper[0]:.2f} M"
             cells = percent.map("{:.2f}".format).to_dict()
-            lines.append(dict(rank=rank, run="the paper", parameters=f"{paper[0]:.2f} M") | cells)
+            lines.append(dict(rank=rank, run=name, parameters=parameters) | cells)
     missing: dict[str, list[str]] = {}
     done = {(x["method"], x["rank"], x["column"]) for x in rows}
     for method, rank in FAMILIES[family].results:

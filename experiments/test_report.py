@@ -307,8 +307,8 @@ def test_a_page_has_tasks_and_methods_beside_the_paper(tmp_path):
     header, *lines = [[cell.strip() for cell in line] for line in (header, *lines)]
     assert header == ["rank", "run", "parameters", "rte", "mrpc", "average"]
     assert [line[:3] for line in lines] == [
-        ["2", "ElaLoRA", "0.00 M"], ["2", "the paper", "0.33 M"], ["2", "LoRA", "0.00 M"],
-        ["2", "the paper", "0.33 M"], ["10", "even ranks", "0.00 M"]]
+        ["2", "ElaLoRA", "0.00 M"], ["2", "ElaLoRA, the paper", "0.33 M"], ["2", "LoRA", "0.00 M"],
+        ["2", "LoRA, the paper", "0.33 M"], ["10", "even ranks", "0.00 M"]]
     assert lines[1][3:] == ["85.92", "90.44", "88.18"]
     assert lines[3][3:] == ["83.03", "88.48", "85.75"]
     for line, method in ((lines[0], "elalora"), (lines[2], "lora")):
