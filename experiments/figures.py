@@ -34,7 +34,7 @@ def color_of(title: str) -> object:
 def heatmaps(maps: dict[str, pandas.DataFrame], path: Path) -> None:
     """Ranks by matrix and layer, as Figures 2 and 8, side by side on one scale."""
     cells = next(iter(maps.values()))
-    figure, axes = new(len(maps), height=0.9 + 0.36 * len(cells), sharey=True)
+    figure, axes = new(len(maps), height=max(2, 0.9 + 0.36 * len(cells)), sharey=True)
     highest = max(int(cells.max(axis=None)) for cells in maps.values())
     for axis, (name, cells) in zip(axes, maps.items()):
         seaborn.heatmap(cells, annot=True, fmt=".0f", cmap="Blues", vmin=0, vmax=highest,
