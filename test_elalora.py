@@ -972,6 +972,7 @@ def test_tensors_of_two_devices_never_meet_and_only_an_adjustment_waits(places, 
     monkeypatch.setattr(torch, "randint", lambda *_, **__: 7)  # the seed is a number of the host
     monkeypatch.setattr(FakeTensor, "to", moved, raising=False)  # these ask for a build with CUDA
     monkeypatch.setattr(FakeTensor, "__getitem__", sliced, raising=False)
+    monkeypatch.setattr(FakeTensor, "contiguous", lambda x: torch.clone(x), raising=False)
     monkeypatch.setattr(torch.Tensor, "new_tensor", lambda x, n: torch.full((), n, device=x.device))
     with FakeTensorMode(allow_non_fake_inputs=False), Crossings() as crossings:
         model = nn.Sequential(*(nn.Linear(6, 5 + i % 2, device=d) for i, d in enumerate(places)))
