@@ -113,8 +113,8 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
         for rows in (layer.P.T, layer.Q):  # (r, d), to be orthonormal
             same_shape[rows.shape, rows.device].append(rows)
     R = []
-    for (shape, device), rows in same_shape.items():
-        A = torch.stack(rows)  # (n, r, d)
+    for (shape, device), group in same_shape.items():
+        A = torch.stack(group)  # (n, r, d)
         I = torch.eye(shape[0], device=device)  # (r, r)
         with _without_autocast(device):  # bfloat16 is too coarse here
             gram = A @ A.mT  # (n, r, r)
@@ -155,22 +155,22 @@ def select(scores: Mapping[str, Sequence[float]], max_ranks: Mapping[str, int], 
         1. candidates     A: 1, 5           B: 2, 7        C: 9     the k lowest of each matrix
         2. sorted         1 (A), 2 (B), 5 (A), 7 (B), 9 (C)
         3. prune          1 (A), 2 (B)                              b from the front
-        4. grow           C and B                                   b from the back, one rank each
+        4. grow           C and B (which swaps one)                 b from the back, one rank each
 
     A candidate is pruned, or wins its matrix one rank, or neither. So losses and gains of a matrix
-    are at most k together. Ours: a matrix keeps min_rank ranks, but each of its candidates that is
-    not pruned can win. No matrix grows beyond max_ranks. If b moves are impossible, as many as are
-    possible are made. Of equal scores, pruning takes the first in the model, and growth the last.
+    are at most k together. Ours: candidates that min_rank keeps from being pruned can still win. No
+    matrix grows beyond max_ranks. If b moves are impossible, as many as are possible are made. Of
+    equal scores, pruning takes the first in the model, and growth the last.
     """
     candidates: list[Candidate] = []
     prunable: list[Candidate] = []
     for position, (name, S) in enumerate(scores.items()):
         ascending = sorted(Candidate(S_i, position, i, name) for i, S_i in enumerate(S))
         candidates += ascending[:k]  # step 1
-        prunable += ascending[: min(k, max(0, len(S) - min_rank))]  # those above min_rank
+        prunable += ascending[: min(k, max(0, len(S) - min_rank))]  # leaves min_rank
     candidates.sort()  # step 2
     prunable.sort()
-    for n in range(min(b, len(prunable)), 0, -1):  # fewer, until as many can grow
+    for n in range(min(b, len(prunable)), 0, -1):  # the largest n with room for n ranks
         pruned = prunable[:n]  # step 3
         ranks = Counter({name: len(S) for name, S in scores.items()})
         ranks.subtract(candidate.name for candidate in pruned)
@@ -192,7 +192,7 @@ def new_directions(P: Tensor, Q: Tensor, n: int, generator: torch.Generator | No
                    ) -> tuple[Tensor, Tensor]:
     """n columns to append to P (d_out, r), and n rows to append to Q (r, d_in).
 
-    They are drawn rank by rank on the CPU: the first ones are the same for any n and any device.
+    Drawn on the CPU, rank by rank: what is drawn for a rank depends neither on n nor on the device.
     """
     if n == 0:
         return P[:, :0], Q[:0]
@@ -220,8 +220,8 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
 
     Ours: a new rank has a singular value of 0, so the output does not change. Parameters stay the
     same objects. In states (optimizer.state, or {}) kept ranks keep their entries, new ranks get 0.
-    Adam's step count stays, so the first updates of a new rank can be longer than usual: at most
-    (0.01 / 0.001 / (1 - 0.9^2 / 0.999))^0.5 = 7.3 learning rates, by Cauchy-Schwarz. Raises
+    Adam's step count stays, so the first updates of a new rank can be longer than usual: with its
+    default betas at most 0.1 / (0.001 (1 - 0.9^2 / 0.999))^0.5 = 7.3 learning rates. Raises
     ValueError, before any change, if keep is empty or not distinct, or if there is no room.
     """
     _check_resize(layer, keep, n_new)
@@ -232,11 +232,11 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     for factor, dim in RANK_DIM.items():
         w = getattr(layer, factor)
         state = states.get(w, {})
-        for key in _keys_per_weight(state):
+        for key in _keys_per_weight(state):  # I_bar, U_bar, Adam's moments
             zeros = torch.zeros_like(new[factor], dtype=state[key].dtype)
             state[key] = torch.cat([_take(state[key], keep, dim), zeros], dim)
         w.grad = None  # of the old shape
-        # set_(), not .data = ...: that would break an earlier graph, if one still exists.
+        # set_(): after .data = ..., the next backward fails if an earlier graph still exists.
         w.set_(torch.cat([_take(w, keep, dim), new[factor]], dim))
 
 
@@ -294,8 +294,8 @@ class Adjustment:
 class RankAllocator:
     """Algorithm 1: moves ranks between the matrices of an injected model while it trains.
 
-    Step, I_bar and U_bar are in the optimizer's state. To resume, load the model (it has the ranks)
-    and then the optimizer. The betas are those of update_averages(), k and min_rank of select().
+    optimizer.state_dict() has the step, I_bar and U_bar. To resume, load the model's state (it sets
+    the ranks), then the optimizer's. The betas are those of update_averages(), k and min_rank of select().
     The seed decides new directions. A layer with a frozen factor keeps its ranks. Raises ValueError
     if a number is out of range, if the optimizer lacks weights of an adapter, or if a factor is
     coarser than float32.
@@ -318,7 +318,7 @@ class RankAllocator:
 
         Call it once per optimizer step, after optimizer.step() and before zero_grad(). After an
         adjustment, wrap the model anew in DistributedDataParallel, or gradients are not averaged.
-        Ours: a step with a gradient that is not finite counts, but changes no score. Raises
+        Ours: a step whose gradient is not finite is counted, but changes no score. Raises
         ValueError, before any rank moves, if the loss reaches no adapter, if all scores are 0, if
         parameters were replaced, or if the optimizer's state cannot be resized. Warns if the loss
         misses an adapter.
@@ -331,7 +331,7 @@ class RankAllocator:
         b = self.schedule.budget(t)
         if b == 0:
             return None
-        scores = _scores_on_host(self)  # name -> S_i; only here a step waits for the device
+        scores = _scores_on_host(self)  # S_i of fully trained layers; the only wait for the device
         max_ranks = {name: self.layers[name].max_rank for name in scores}
         pruned, expanded = select(scores, max_ranks, self.k, b, self.min_rank)
         for name, layer in self.layers.items():
