@@ -295,10 +295,9 @@ class RankAllocator:
     """Algorithm 1: moves ranks between the matrices of an injected model while it trains.
 
     optimizer.state_dict() has the step, I_bar and U_bar. To resume, load the model's state (it sets
-    the ranks), then the optimizer's. The betas are those of update_averages(), k and min_rank of select().
-    The seed decides new directions. A layer with a frozen factor keeps its ranks. Raises ValueError
-    if a number is out of range, if the optimizer lacks weights of an adapter, or if a factor is
-    coarser than float32.
+    the ranks), then the optimizer's. The betas are those of update_averages(), k and min_rank those
+    of select(). A layer with a frozen factor keeps its ranks. Raises ValueError if a number is out
+    of range, if the optimizer lacks weights of an adapter, or if a factor is coarser than float32.
     """
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: RankSchedule,
                  k: int, beta1: float = 0.85, beta2: float = 0.85, seed: int = 0,
