@@ -47,13 +47,11 @@ def array(tensor):
 
 
 # ---- A tiny world: for every family a model, and data laid out as on the hub ----
-SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-DEBERTA = SIZES | dict(
-    vocab_size=64, relative_attention=True, position_buckets=16, pos_att_type="p2c|c2p",
-    norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0, position_biased_input=False)
-BART = dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
-            max_position_embeddings=256)
+TINY = {  # as any model names its sizes
+    **dict.fromkeys(("hidden_size", "d_model"), 16),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"), 32),
+    **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers"), 2),
+    **{f"{of}_attention_heads": 2 for of in ("num", "encoder", "decoder")}}
 WORDS = "the a cat dog sat ran on under mat house red blue".split()
 ROWS = 96
 
@@ -94,7 +92,10 @@ def sentences(n, least, most, seed=0):
 def make_deberta(folder):
     """Stored as microsoft/deberta-v3-base is: float16, no head, no tokenizer.json."""
     train_sentencepiece(folder, sentences(200, 4, 8), vocab_size=40, hard_vocab_limit=False)
-    config = transformers.DebertaV2Config(**DEBERTA)
+    config = transformers.DebertaV2Config(
+        **TINY, vocab_size=64, relative_attention=True, position_buckets=16, type_vocab_size=0,
+        pos_att_type="p2c|c2p", norm_rel_ebd="layer_norm", share_att_key=True,
+        position_biased_input=False)
     config.save_pretrained(folder)
     state = transformers.DebertaV2ForSequenceClassification(config).state_dict()
     encoder = {key: w.half() for key, w in state.items() if key.startswith("deberta.")}
@@ -107,19 +108,19 @@ def make_bart(folder):
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe.train_from_iterator([" ".join(WORDS)] * 20, vocab_size=300, special_tokens=special)
     bpe.save_model(str(folder))
-    config = transformers.BartConfig(vocab_size=bpe.get_vocab_size(), **BART)
+    size = bpe.get_vocab_size()
+    config = transformers.BartConfig(**TINY, vocab_size=size, max_position_embeddings=256)
     transformers.BartForConditionalGeneration(config).save_pretrained(folder)
     transformers.BartTokenizer.from_pretrained(folder).save_pretrained(folder)
 
 
 def make_images(folder, split, n):
-    """Pictures of three classes, by the part of them that is bright, and their list."""
+    """Pictures of three classes, by the part that is bright, and their list."""
     random, lines = np.random.default_rng(n), []
     (folder / "images" / split).mkdir(parents=True)
     for i in range(n):
         pixels = random.integers(0, 99, (20, 20, 3)).astype(np.uint8)
-        bright = (pixels[:10], pixels[10:], pixels[:, :10])[i % 3]
-        bright += 150
+        (pixels[:10], pixels[10:], pixels[:, :10])[i % 3][:] += 150
         name = f"images/{split}/{i:03}.{('png', 'jpg')[i % 2]}"
         Image.fromarray(pixels).save(folder / name)
         lines.append(f"{name} {i % 3}\n")
@@ -146,7 +147,7 @@ def world(tmp_path_factory):
         articles = zip(*(sentences(n, 3, 12, seed) for seed in range(3)))
         rows = [dict(document="\n".join(a), summary=a[0].replace("the", "a")) for a in articles]
         write_parquet(root / "xsum/data", split, rows)
-    vit = transformers.ViTConfig(**SIZES, image_size=16, patch_size=8)
+    vit = transformers.ViTConfig(**TINY, image_size=16, patch_size=8)
     transformers.ViTModel(vit).save_pretrained(root / "vit")
     transformers.ViTImageProcessorPil(size=dict(height=16, width=16)).save_pretrained(root / "vit")
     for split, n in (("train800", 24), ("val200", 6), ("test", 9)):

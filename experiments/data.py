@@ -46,8 +46,8 @@ def pretrained(auto: type, model: str, **arguments):
     except Exception as error:  # broken files raise all kinds
         if isinstance(error, OSError) and error.errno is None:
             raise  # transformers names what it did not find
-        kind = type(error).__name__
-        raise ValueError(f"--model: {model} cannot be loaded, {kind}: {error}") from error
+        what = f"{type(error).__name__}: {str(error).strip()}"
+        raise ValueError(f"--model: {model} cannot be loaded, {what}") from error
 
 
 def with_new_head(auto: type, model: str, labels: int) -> nn.Module:

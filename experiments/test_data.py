@@ -17,7 +17,7 @@ from transformers import BatchEncoding
 
 from experiments import data, glue, vtab, xsum
 from experiments import problem as shared
-from experiments.conftest import config_of, make_problem, write_glue
+from experiments.conftest import TINY, config_of, make_problem, write_glue
 from experiments.problem import chosen
 from experiments.tables import Config, recipe_of
 
@@ -138,7 +138,7 @@ def test_a_hub_data_set_with_a_loading_script_is_read_from_its_conversion(monkey
 
 
 FILES = {  # a file, and its texts or what the error says
-    "words in a CSV": ("a.csv", 'text\nNA\nnull\nNone\n"a, ""b"""', ["NA", "null", "None", 'a, "b"']),
+    "words in a CSV": ("a.csv", 'text\nNA\nnull\n"a, ""b"""', ["NA", "null", 'a, "b"']),
     "quotes in a TSV": ("a.tsv", 'text\tlabel\n"a\t0\nb\t1\n"c"d\t0', ['"a', "b", '"c"d']),
     "words in JSON": ("a.jsonl", '{"text": "NA"}\n{"text": ""}', ["NA", ""]),
     "empty field of a CSV": ("a.csv", "text,label\na,0\n,1", "text is missing (row 2 of 2)"),
@@ -176,10 +176,7 @@ def test_labels_are_cast_to_what_the_loss_needs(count):
 
 
 # ---- Pre-trained models ----
-TINY = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, d_model=8,
-            intermediate_size=8, max_position_embeddings=20, encoder_layers=1, decoder_layers=1,
-            encoder_attention_heads=2, decoder_attention_heads=2, eos_token_id=2,
-            position_biased_input=False)
+SHORT = TINY | dict(vocab_size=300, max_position_embeddings=20, position_biased_input=False)
 
 
 @pytest.mark.parametrize("name, positions", [
@@ -187,13 +184,35 @@ TINY = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_head
     ("MBart", 20), ("DebertaV2", 30)])
 def test_texts_are_cut_where_a_model_fails(name, positions, capsys):
     """By its forward pass, which takes that many tokens and no more. A cut is printed."""
-    config = getattr(transformers, f"{name}Config")(**TINY)
+    config = getattr(transformers, f"{name}Config")(**SHORT)
     model = getattr(transformers, f"{name}Model")(config)
     assert data.most_tokens(model, 30) == positions
     assert (f"cut at {positions} tokens" in capsys.readouterr().out) == (positions < 30)
     model(input_ids=torch.full((1, positions), 3))
     with pytest.raises((IndexError, RuntimeError)) if positions < 30 else contextlib.nullcontext():
         model(input_ids=torch.full((1, positions + 1), 3))
+
+
+@pytest.mark.parametrize("task, most", [("rte", 18), ("xsum", 256)])
+def test_longer_texts_are_trained_on_and_evaluated(task, most, world, tmp_path, monkeypatch):
+    """Cut to the model's positions: articles and summaries, given and generated, too. So is a text
+    without characters, which has special tokens alone."""
+    monkeypatch.setattr(xsum, "SUMMARY_TOKENS", 300)
+    shutil.copytree(world / "bart", tmp_path / "model")  # its tokenizer is RoBERTa's
+    if task == "rte":
+        config = transformers.RobertaConfig(**SHORT)
+        transformers.RobertaModel(config).save_pretrained(tmp_path / "model")
+    texts = ["", "red cat " * 9, *["red cat " * 400] * 6]
+    names = ("sentence1", "sentence2", "document", "summary")
+    rows = [dict.fromkeys(names, text) | dict(label=len(text) % 2) for text in texts]
+    write_glue(tmp_path / "data", rte=dict.fromkeys(("train", "validation", "test"), rows))
+    config = config_of(
+        world, task, model=str(tmp_path / "model"), data_dir=str(tmp_path / "data"))
+    problem = make_problem(config, recipe_of(config))
+    (batch,) = problem.batches(1)
+    lengths = [chunk["input_ids" if task == "rte" else "labels"].shape[1] for chunk in batch]
+    assert max(lengths) == max(chunk["input_ids"].shape[1] for chunk in batch) == most
+    assert problem.loss(problem.model, batch).isfinite() and problem.evaluate(True)
 
 
 @pytest.mark.parametrize("labels", [1, 2])
@@ -204,7 +223,7 @@ def test_a_base_keeps_nothing_of_the_task_it_was_trained_for(
     labels, had, remembered, tmp_path, capsys
 ):
     """Its head is new, which is said, and the loss is this task's; all other weights are kept."""
-    config = transformers.BertConfig(**TINY, num_labels=had or 2, problem_type=remembered)
+    config = transformers.BertConfig(**SHORT, num_labels=had or 2, problem_type=remembered)
     base = transformers.BertForSequenceClassification(config)
     (base if had else base.bert).save_pretrained(tmp_path)
     auto = transformers.AutoModelForSequenceClassification

@@ -1,6 +1,5 @@
 """The laws of experiments/glue.py: texts and labels, metrics, what is held out."""
 
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,15 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from experiments import glue
-from experiments.conftest import (
-    ROWS, SIZES, config_of, make_problem, train_sentencepiece, write_glue)
+from experiments.conftest import ROWS, config_of, make_problem, train_sentencepiece, write_glue
 from experiments.problem import DEVICE
 from experiments.tables import Config, recipe_of
-
-
-def problem_of(world, task="rte", **changes):
-    config = config_of(world, task, **changes)
-    return make_problem(config, recipe_of(config))
 
 
 def examples_of(world):
@@ -71,20 +64,6 @@ def test_examples_are_pairs_of_mapped_texts_of_256_tokens_at_most(deberta_tokeni
         assert row["input_ids"] == [1, *pieces.encode(a), 2, *pieces.encode(b)][:255] + [2]
 
 
-def test_texts_of_more_tokens_than_the_model_has_positions_are_cut(world, tmp_path):
-    """RoBERTa has two positions fewer than its table. What is longer trains and is evaluated; so is
-    a text without characters, which has special tokens alone."""
-    shutil.copytree(world / "bart", tmp_path / "roberta")  # its tokenizer
-    config = transformers.RobertaConfig(**SIZES, vocab_size=300, max_position_embeddings=20)
-    transformers.RobertaModel(config).save_pretrained(tmp_path / "roberta")
-    rows = [dict(sentence1="red " * 3 * i, sentence2="cat"[:i], label=i % 2) for i in range(16)]
-    write_glue(tmp_path, rte=dict(train=rows, validation=rows))
-    problem = problem_of(world, model=str(tmp_path / "roberta"), data_dir=str(tmp_path))
-    (batch,) = problem.batches(1)
-    assert max(chunk["input_ids"].shape[1] for chunk in batch) == 18
-    assert problem.loss(problem.model, batch).isfinite() and problem.evaluate(True)
-
-
 # ---- Training and evaluation ----
 @pytest.mark.parametrize("task, holdout, evaluated", [
     ("rte", True, None), ("sst2_heldout", False, [2, 3, 4]), ("sst2_heldout", True, [0, 1])])
@@ -98,7 +77,8 @@ def test_what_is_held_out_is_evaluated_and_not_trained_on(
     monkeypatch.setattr(glue, "load_examples", lambda *_: (pad, splits))
     found = []
     monkeypatch.setattr(glue, "compute_metrics", lambda *a: found.append(a[2]) or {})
-    problem = problem_of(world, task, holdout=holdout)
+    config = config_of(world, task, holdout=holdout)
+    problem = make_problem(config, recipe_of(config))
     used = [i for b in problem.batches(1) for chunk in b for i in chunk["labels"].tolist()]
     assert len(used) == ROWS - (9 if task == "rte" else 10) and not {*used} & {*found[-1]}
     assert found[-1] == evaluated or sorted(used + found[-1]) == [*range(ROWS)]

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from experiments import xsum
-from experiments.conftest import config_of, make_problem, write_parquet
+from experiments.conftest import config_of, make_problem
 from experiments.data import load_splits
 from experiments.tables import recipe_of
 
@@ -71,15 +71,3 @@ def test_summaries_are_generated_after_the_last_epoch_with_8_beams(holdout, spli
     (rows,) = load(world, split)
     first = [document.splitlines()[0] for document in rows["document"]]
     assert problem.floor == xsum.rouge(first, rows["summary"])
-
-
-def test_texts_of_more_tokens_than_the_model_has_positions_are_cut(world, tmp_path, monkeypatch):
-    """Articles and summaries, given and generated; also in the test split, which is read last."""
-    monkeypatch.setattr(xsum, "SUMMARY_TOKENS", 300)
-    for split in ("train", "validation", "test"):
-        write_parquet(tmp_path, split, [dict(document="the cat " * 400, summary="a cat " * 400)])
-    problem = problem_of(world, data_dir=str(tmp_path))
-    ((chunk,),) = problem.batches(1)
-    assert chunk["input_ids"].shape == chunk["labels"].shape == (1, 256)
-    assert problem.loss(problem.model, [chunk]).isfinite()
-    assert [*problem.evaluate(True)] == [*xsum.ROUGE, "validation_loss"]
