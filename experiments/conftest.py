@@ -60,11 +60,10 @@ def train_sentencepiece(folder, lines, **arguments):
     """Makes a folder of a SentencePiece model with DeBERTa's special tokens."""
     folder.mkdir(exist_ok=True)
     (folder / "text").write_text("\n".join(lines))
-    for i, name in enumerate(("pad", "bos", "eos", "unk")):
-        piece = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")[i]
-        arguments |= {f"{name}_id": i, f"{name}_piece": piece}
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "spm"), minloglevel=2, **arguments)
+        input=str(folder / "text"), model_prefix=str(folder / "spm"), minloglevel=2, pad_id=0,
+        bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]",
+        unk_piece="[UNK]", **arguments)
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
 
 

@@ -95,12 +95,14 @@ def matrices(model: nn.Module, kinds: Sequence[str], config: Config) -> list[str
 
 # ---- Data ----
 def load_folder(data_dir: str, task: str | None):
-    """All splits of a task. In a CSV an empty field is missing, but words such as NA are texts; a
-    TSV has no quotes. ValueError if the folder cannot be read."""
+    """All splits of a task. ValueError if the folder cannot be read.
+
+    In a CSV an empty field is missing, but words such as NA are texts. A TSV has no quotes.
+    """
     import datasets
     files = [(str(path), path.stat().st_mtime_ns) for path in Path(data_dir).resolve().rglob("*")]
     known = datasets.fingerprint.Hasher.hash(sorted(files))
-    cache = Path(datasets.config.HF_DATASETS_CACHE, known)  # for datasets' own, names are enough
+    cache = Path(datasets.config.HF_DATASETS_CACHE, known)  # datasets' own knows no files
     try:
         builder = datasets.load_dataset_builder(data_dir, task, cache_dir=cache)
         builder.config.keep_default_na = False  # a setting of CSV, which other formats ignore
@@ -110,7 +112,7 @@ def load_folder(data_dir: str, task: str | None):
         builder.download_and_prepare()
         return builder.as_dataset()
     except Exception as error:  # broken files raise all kinds
-        cause = error.__cause__ or error
+        cause = error.__cause__ or error  # datasets says only there what is wrong
         raise ValueError(f"--data-dir: {data_dir} has no {task or 'data set'} that can be read, "
                          f"{type(cause).__name__}: {cause}") from error
 
@@ -118,7 +120,7 @@ def load_folder(data_dir: str, task: str | None):
 def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Sequence[str],
                 splits: Sequence[str]) -> list:
     """Splits of the data set on the hub, or of the one in --data-dir. ValueError if a split, a
-    column or a value is missing, or if a text is none."""
+    column or a value is missing, or if a column of texts has others."""
     import datasets
     try:
         loaded = load_folder(data_dir, task) if data_dir else datasets.load_dataset(hub, task)

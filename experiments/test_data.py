@@ -39,8 +39,7 @@ def test_draws_depend_on_no_draw_before():
     assert batches != draw(epoch=2)[0] != draw(seed=1)[0] != batches
     assert sorted(batches) == sorted(rest + tenth) == [*range(57)] and len(tenth) == 5
     assert tenth != [*range(5)] and some != [*range(9)] and len({*some}) == 9
-    everything = data.some(range(57), recipe_of(CONFIG))
-    assert [*everything] == [*range(57)]
+    assert [*data.some(range(57), recipe_of(CONFIG))] == [*range(57)]
     with pytest.raises(ValueError, match="examples=58: there are 57"):
         data.some(range(57), replace(recipe_of(CONFIG), examples=58))
 
@@ -48,18 +47,15 @@ def test_draws_depend_on_no_draw_before():
 @pytest.mark.parametrize("labels", [1, 3])
 def test_a_guess_is_the_likeliest_class_or_the_number_with_its_loss(labels):
     """By NumPy: minus the logarithm of the label's probability, or the squared error."""
-    logits, x = torch.randn(20, labels), np.random.default_rng(0)
-    y = x.integers(labels, size=20) if labels > 1 else x.random(20)
+    x, y = np.random.default_rng(0).normal(size=(20, labels)), np.arange(20) % 3
     model = lambda logits: SimpleNamespace(logits=logits)
-    guesses, losses = zip(*data.guesses(model, dict(logits=logits, labels=torch.tensor(y))))
-    logits = logits.double().numpy()
+    found = data.guesses(model, dict(logits=torch.tensor(x), labels=torch.tensor(y)))
     if labels == 1:
-        np.testing.assert_allclose(guesses, logits[:, 0])
-        np.testing.assert_allclose(losses, (logits[:, 0] - y) ** 2, rtol=1e-4)
+        expected = x[:, 0], (x[:, 0] - y) ** 2
     else:
-        probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-        assert [*guesses] == probabilities.argmax(axis=1).tolist()
-        np.testing.assert_allclose(losses, -np.log(probabilities[range(20), y]), rtol=1e-4)
+        probabilities = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
+        expected = probabilities.argmax(axis=1), -np.log(probabilities[range(20), y])
+    np.testing.assert_allclose([*zip(*found)], expected, rtol=1e-4)
 
 
 def test_a_batch_of_texts_is_split_into_chunks_of_like_length():

@@ -79,11 +79,11 @@ def test_accuracies_and_losses_are_those_of_the_images(world):
     metrics = problem.evaluate(True)
     _, val, test, _ = vtab.load_images("cifar", config.data_dir, config.model)
     for split, prefix in ((val, "val_"), (test, "")):
-        right, losses = [], []
-        for row in (split[i] for i in range(len(split))):
-            logits = problem.model(pixel_values=row["pixel_values"][None].to(vtab.DEVICE)).logits
-            right.append(int(logits.argmax()) == row["labels"])
-            losses.append(-logits.log_softmax(dim=1)[0, row["labels"]].item())
+        rows = [split[i] for i in range(len(split))]
+        pixels = torch.stack([row["pixel_values"] for row in rows]).to(vtab.DEVICE)
+        logits = problem.model(pixels).logits
+        right = [a == row["labels"] for a, row in zip(logits.argmax(dim=1).tolist(), rows)]
+        losses = [-x[row["labels"]].item() for x, row in zip(logits.log_softmax(dim=1), rows)]
         assert metrics[f"{prefix}accuracy"] == np.mean(right)
         assert metrics[f"{prefix}loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     problem = make_problem(held_out, recipe_of(held_out))

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 import transformers
+from datasets import Dataset
 from torch import nn
 
 from experiments.data import (
@@ -31,11 +32,14 @@ def rouge(found: list[str], references: list[str]) -> dict[str, float]:
     return {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ROUGE}
 
 
-def tokenize(rows: dict, tokenizer: Callable, article: int, summary: int) -> dict:
-    """Tokens of texts, at most so many of an article and of a summary."""
-    articles = tokenizer(rows["document"], max_length=article, truncation=True)
-    summaries = tokenizer(text_target=rows["summary"], max_length=summary, truncation=True)
-    return {**articles, "labels": summaries["input_ids"]}
+def tokens_of(rows: Dataset, tokenizer: Callable, article: int, summary: int) -> Dataset:
+    """The tokens of texts, at most so many of an article and of a summary."""
+    def tokenize(batch: dict) -> dict:
+        articles = tokenizer(batch["document"], max_length=article, truncation=True)
+        summaries = tokenizer(text_target=batch["summary"], max_length=summary, truncation=True)
+        return {**articles, "labels": summaries["input_ids"]}
+
+    return rows.map(tokenize, batched=True, remove_columns=rows.column_names)
 
 
 def token_losses(model: nn.Module, batch: dict) -> list[tuple[float, int]]:
@@ -55,14 +59,12 @@ def problem(config: Config, recipe: Recipe) -> Problem:
     tokenizer = pretrained(transformers.AutoTokenizer, config.model)
     model = pretrained(transformers.AutoModelForSeq2SeqLM, config.model, dtype=torch.float32)
     targets = matrices(model, KINDS, config)
-    lengths = dict(article=most_tokens(model, ARTICLE_TOKENS),
-                   summary=most_tokens(model, SUMMARY_TOKENS))
+    article, summary = (most_tokens(model, n) for n in (ARTICLE_TOKENS, SUMMARY_TOKENS))
     train, validation, test = load_splits(
         config.data_dir, HUB, None, ("document", "summary"), ("train", "validation", "test"))
     texts = validation if config.holdout else test
     train, validation, reported = (
-        rows.map(partial(tokenize, tokenizer=tokenizer, **lengths), batched=True,
-                 remove_columns=rows.column_names) for rows in (train, validation, texts))
+        tokens_of(rows, tokenizer, article, summary) for rows in (train, validation, texts))
     train = some(train, recipe)
     pad = transformers.DataCollatorForSeq2Seq(tokenizer)  # labels with -100
     outputs: dict[str, list] = {}
@@ -70,14 +72,13 @@ def problem(config: Config, recipe: Recipe) -> Problem:
 
     def summarize(batch: dict) -> list[str]:
         del batch["labels"]
-        found = model.generate(**batch.to(DEVICE), num_beams=BEAMS, do_sample=False,
-                               max_length=lengths["summary"])
+        found = model.generate(
+            **batch.to(DEVICE), num_beams=BEAMS, do_sample=False, max_length=summary)
         return tokenizer.batch_decode(found, skip_special_tokens=True)
 
     def evaluate(last: bool) -> dict[str, float]:
-        losses = predictions(
-            validation, recipe.batch_size, partial(token_losses, model), pad, config)
-        sums, counts = zip(*losses)
+        losses = partial(token_losses, model)
+        sums, counts = zip(*predictions(validation, recipe.batch_size, losses, pad, config))
         metrics = dict(validation_loss=sum(sums) / sum(counts))
         if last:
             outputs["prediction"] = predictions(reported, DECODING_BATCH, summarize, pad, config)
