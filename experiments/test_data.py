@@ -18,7 +18,7 @@ from transformers import BatchEncoding
 from experiments import data, glue, vtab, xsum
 from experiments import problem as shared
 from experiments.conftest import TINY, config_of, make_problem, write_glue
-from experiments.problem import chosen
+from experiments.problem import DEVICE, chosen
 from experiments.tables import Config, recipe_of
 
 CONFIG = Config("rte", "elalora", 4, 0)
@@ -63,13 +63,13 @@ def test_a_batch_of_texts_is_split_into_chunks_of_like_length():
     rows = [dict(input_ids=[0] * n) for n in (5, 1, 12, 4, 2, 8, 11, 7, 3, 6, 10, 9)]
     lengths = lambda rows: [len(row["input_ids"]) for row in rows]
     (chunks,) = data.epoch_batches(rows, 12, CONFIG, 1, lengths)
-    n = 3 if shared.DEVICE == "cpu" else 12
+    n = 3 if DEVICE == "cpu" else 12
     assert chunks == [[*range(i, i + n)] for i in range(1, 13, n)]
 
 
 def test_the_loss_of_a_batch_in_chunks_is_the_mean_over_all_its_labels():
     """However rows with unlike numbers of labels are chunked; so is its gradient."""
-    scores = nn.Linear(5, 7).to(shared.DEVICE)
+    scores = nn.Linear(5, 7).to(DEVICE)
     rows, ends = [torch.randint(7, (n,)) for n in (1, 9, 2, 5, 3, 3)], []
 
     def model(x, labels):
@@ -227,7 +227,8 @@ def test_a_base_keeps_nothing_of_the_task_it_was_trained_for(
     assert (f"{tmp_path} has a classifier of another task" in capsys.readouterr().out) == bool(had)
     assert not torch.equal(model.classifier.weight[0], base.classifier.weight[0])
     assert all(torch.equal(*pair) for pair in zip(model.bert.parameters(), base.bert.parameters()))
-    ids, y = torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1])
+    ids, y = torch.tensor([[1, 2], [3, 4]], device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+    model.to(DEVICE)
     found = model(input_ids=ids, labels=y if labels > 1 else y.float())
     losses = [loss for _, loss in data.guesses(model, dict(input_ids=ids, labels=y))]
     assert found.loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
