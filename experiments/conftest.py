@@ -14,10 +14,14 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import datasets
 import numpy as np
+import pandas
 import pytest
+import sentencepiece
+import tokenizers
 import torch
 import transformers
 from hypothesis import settings
+from PIL import Image
 
 import reproduce
 from experiments import planted, xsum
@@ -43,53 +47,40 @@ def array(tensor):
 
 
 # ---- A tiny world: for every family a model, and data laid out as on the hub ----
-DEBERTA = dict(
-    model_type="deberta-v2", hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-    num_attention_heads=2, vocab_size=64, relative_attention=True, position_buckets=16,
-    pos_att_type="p2c|c2p", norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0,
-    position_biased_input=False,
-)  # fmt: skip
-BART = dict(
-    d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-    decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=256,
-)  # fmt: skip
-VISION = dict(
-    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-    image_size=16, patch_size=8,
-)  # fmt: skip
+TINY = {  # as any model names its sizes
+    **dict.fromkeys(("hidden_size", "d_model"), 16),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"), 32),
+    **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers"), 2),
+    **{f"{of}_attention_heads": 2 for of in ("num", "encoder", "decoder")}}
 WORDS = "the a cat dog sat ran on under mat house red blue".split()
-ROWS, DEV_ROWS = 96, 40
+ROWS = 96
 
 
-def train_sentencepiece(text, prefix, **arguments):
-    """Writes a SentencePiece model with DeBERTa's special tokens."""
-    import sentencepiece
-
-    names = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "unk": "[UNK]"}
-    for i, (name, piece) in enumerate(names.items()):
-        arguments |= {f"{name}_id": i, f"{name}_piece": piece}
+def train_sentencepiece(folder, lines, **arguments):
+    """Makes a folder of a SentencePiece model with DeBERTa's special tokens."""
+    folder.mkdir(exist_ok=True)
+    (folder / "text").write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(prefix), minloglevel=2, **arguments
-    )
+        input=str(folder / "text"), model_prefix=str(folder / "spm"), minloglevel=2, pad_id=0,
+        bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]",
+        unk_piece="[UNK]", **arguments)
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
 
 
-def write_parquet(path, rows):
-    import pyarrow
-    import pyarrow.parquet
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+def write_parquet(folder, split, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    pandas.DataFrame(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
 
 def write_glue(root, **tasks):
     """A folder laid out like nyu-mll/glue on the hub: task -> split -> rows."""
-    lines = ["---", "configs:"]
+    configs = []
     for task, splits in tasks.items():
-        lines += [f"- config_name: {task}", "  data_files:"]
         for split, rows in splits.items():
-            write_parquet(root / task / f"{split}-00000-of-00001.parquet", rows)
-            lines += [f"  - split: {split}", f"    path: {task}/{split}-*"]
-    (root / "README.md").write_text("\n".join([*lines, "---", ""]))
+            write_parquet(root / task, split, rows)
+        files = [dict(split=split, path=f"{task}/{split}-*") for split in splits]
+        configs.append(dict(config_name=task, data_files=files))
+    (root / "README.md").write_text(f"---\n{json.dumps(dict(configs=configs))}\n---\n")
 
 
 def sentences(n, least, most, seed=0):
@@ -97,48 +88,38 @@ def sentences(n, least, most, seed=0):
     return [" ".join(random.choice(WORDS, random.integers(least, most))) for _ in range(n)]
 
 
-def glue_rows(n):
-    """Pairs of random sentences of unlike length; the label is 1 where the first has 'red'."""
-    pairs = zip(sentences(n, 4, 8), sentences(n, 2, 6, seed=1))
-    return [dict(sentence1=a, sentence2=b, label=int("red" in a)) for a, b in pairs]
-
-
 def make_deberta(folder):
     """Stored as microsoft/deberta-v3-base is: float16, no head, no tokenizer.json."""
-    folder.mkdir()
-    (folder / "text").write_text("\n".join(sentences(200, 4, 8)))
-    train_sentencepiece(folder / "text", folder / "spm", vocab_size=40, hard_vocab_limit=False)
-    (folder / "config.json").write_text(json.dumps(DEBERTA))
-    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
-    config = transformers.DebertaV2Config(**DEBERTA | {"model_type": None})
+    train_sentencepiece(folder, sentences(200, 4, 8), vocab_size=40, hard_vocab_limit=False)
+    config = transformers.DebertaV2Config(
+        **TINY, vocab_size=64, relative_attention=True, position_buckets=16, type_vocab_size=0,
+        pos_att_type="p2c|c2p", norm_rel_ebd="layer_norm", share_att_key=True,
+        position_biased_input=False)
+    config.save_pretrained(folder)
     state = transformers.DebertaV2ForSequenceClassification(config).state_dict()
     encoder = {key: w.half() for key, w in state.items() if key.startswith("deberta.")}
     torch.save(encoder, folder / "pytorch_model.bin")
 
 
 def make_bart(folder):
-    import tokenizers
-
     folder.mkdir()
     bpe = tokenizers.ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe.train_from_iterator([" ".join(WORDS)] * 20, vocab_size=300, special_tokens=special)
     bpe.save_model(str(folder))
-    config = transformers.BartConfig(vocab_size=bpe.get_vocab_size(), **BART)
+    size = bpe.get_vocab_size()
+    config = transformers.BartConfig(**TINY, vocab_size=size, max_position_embeddings=256)
     transformers.BartForConditionalGeneration(config).save_pretrained(folder)
     transformers.BartTokenizer.from_pretrained(folder).save_pretrained(folder)
 
 
 def make_images(folder, split, n):
-    """Pictures of three classes, by the part of them that is bright, and their list."""
-    from PIL import Image
-
+    """Pictures of three classes, by the part that is bright, and their list."""
     random, lines = np.random.default_rng(n), []
     (folder / "images" / split).mkdir(parents=True)
     for i in range(n):
         pixels = random.integers(0, 99, (20, 20, 3)).astype(np.uint8)
-        bright = (pixels[:10], pixels[10:], pixels[:, :10])[i % 3]
-        bright += 150
+        (pixels[:10], pixels[10:], pixels[:, :10])[i % 3][:] += 150
         name = f"images/{split}/{i:03}.{('png', 'jpg')[i % 2]}"
         Image.fromarray(pixels).save(folder / name)
         lines.append(f"{name} {i % 3}\n")
@@ -147,20 +128,26 @@ def make_images(folder, split, n):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with the models deberta/, bart/, vit/ and the data glue/, xsum/, vtab/."""
+    """A folder with the models deberta/, bart/, vit/ and the data glue/, xsum/, vtab/.
+
+    GLUE's are pairs of random sentences; the label is 1 where the first has 'red', and for STS-B
+    it counts the letter a.
+    """
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     make_deberta(root / "deberta")
-    rows = glue_rows(ROWS)
-    scored = [row | dict(label=row["sentence1"].count("a") / 2) for row in rows]
-    write_glue(root / "glue", rte=dict(train=rows, validation=rows[:DEV_ROWS]),
-               stsb=dict(train=scored, validation=scored[:DEV_ROWS]))  # fmt: skip
+    pairs = [*zip(sentences(ROWS, 4, 8), sentences(ROWS, 2, 6, seed=1))]
+    rte = [dict(sentence1=a, sentence2=b, label=int("red" in a)) for a, b in pairs]
+    stsb = [row | dict(label=row["sentence1"].count("a") / 2) for row in rte]
+    write_glue(root / "glue", rte=dict(train=rte, validation=rte[:40]),
+               stsb=dict(train=stsb, validation=stsb[:40]))
     make_bart(root / "bart")
     for split, n in (("train", 26), ("validation", 9), ("test", 7)):
         articles = zip(*(sentences(n, 3, 12, seed) for seed in range(3)))
         rows = [dict(document="\n".join(a), summary=a[0].replace("the", "a")) for a in articles]
-        write_parquet(root / "xsum/data" / f"{split}-00000-of-00001.parquet", rows)
-    transformers.ViTModel(transformers.ViTConfig(**VISION)).save_pretrained(root / "vit")
+        write_parquet(root / "xsum/data", split, rows)
+    vit = transformers.ViTConfig(**TINY, image_size=16, patch_size=8)
+    transformers.ViTModel(vit).save_pretrained(root / "vit")
     transformers.ViTImageProcessorPil(size=dict(height=16, width=16)).save_pretrained(root / "vit")
     for split, n in (("train800", 24), ("val200", 6), ("test", 9)):
         make_images(root / "vtab/vtab-1k/cifar", split, n)
@@ -170,15 +157,14 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Two layers of planted matrices, 10 steps an epoch; summaries of at most 12 tokens."""
-    two_layers = {name: r for name, r in [*planted.PLANTED.items()][:12]}
-    monkeypatch.setattr(planted, "PLANTED", two_layers)
+    monkeypatch.setattr(planted, "PLANTED", dict([*planted.PLANTED.items()][:12]))
     monkeypatch.setattr(planted, "STEPS_PER_EPOCH", 10)
     monkeypatch.setattr(xsum, "SUMMARY_TOKENS", 12)
 
 
 # ---- Short runs ----
 PLACES = {"planted": (), **dict.fromkeys(("rte", "stsb", "sst2_heldout"), ("deberta", "glue")),
-          "xsum": ("bart", "xsum"), "cifar": ("vit", "vtab")}  # fmt: skip
+          "xsum": ("bart", "xsum"), "cifar": ("vit", "vtab")}
 BATCH = {"planted": 32, "xsum": 8, "cifar": 8}  # of others 16
 RATE = {"xsum": 0.05, "cifar": 0.01}  # of others 0.02
 FAMILY_TASKS = ("planted", "rte", "xsum", "cifar")  # one task of each family
@@ -199,7 +185,7 @@ def config_of(world, task, method="elalora", settings=(), **changes):
 def arguments_of(config):
     """The command line of such a run."""
     words = ["--task", config.task, "--method", config.method, "--rank", str(config.rank),
-             "--seeds", str(config.seed), "--epochs", str(config.epochs)]  # fmt: skip
+             "--seeds", str(config.seed), "--epochs", str(config.epochs)]
     if config.model:
         words += ["--model", config.model, "--data-dir", config.data_dir]
     return [*words, "--set", *config.set]

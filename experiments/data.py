@@ -1,12 +1,11 @@
 """What GLUE, XSum and VTAB share: pre-trained models, data sets, batches, predictions."""
 
 import csv
-import hashlib
-import itertools
 import math
 import os
 import random
 import tempfile
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 
@@ -47,15 +46,15 @@ def pretrained(auto: type, model: str, **arguments):
     except Exception as error:  # broken files raise all kinds
         if isinstance(error, OSError) and error.errno is None:
             raise  # transformers names what it did not find
-        raise ValueError(f"--model: {model} cannot be loaded, {type(error).__name__}: "
-                         f"{str(error).strip()}") from error
+        what = f"{type(error).__name__}: {str(error).strip()}"
+        raise ValueError(f"--model: {model} cannot be loaded, {what}") from error
 
 
 def with_new_head(auto: type, model: str, labels: int) -> nn.Module:
     """A pre-trained model with a new head for so many classes, or for a number if labels is 1.
 
-    Of the task that a checkpoint was fine-tuned for, neither the classifier nor the kind of loss is
-    kept. ValueError if other weights than the classifier's have not the shapes of its config.json.
+    Of a task before, neither classifier nor kind of loss is kept. ValueError if other weights have
+    not the shapes of config.json.
     """
     config = pretrained(AutoConfig, model)
     config.problem_type = "regression" if labels == 1 else "single_label_classification"
@@ -85,10 +84,8 @@ def most_tokens(model: nn.Module, limit: int) -> int:
 
 
 def matrices(model: nn.Module, kinds: Sequence[str], config: Config) -> list[str]:
-    """The names of all modules that end in one of these kinds, and as --targets asks.
-
-    Raises ValueError if the model lacks a kind, or --targets names none of them.
-    """
+    """The names that end in one of these kinds and as --targets asks. ValueError if there is none
+    of a kind."""
     names = [name for name, _ in model.named_modules()]
     if missing := [kind for kind in kinds if not any(n.endswith(f".{kind}") for n in names)]:
         raise ValueError(f"--model: {config.model} has no matrices named {', '.join(missing)}; "
@@ -97,61 +94,59 @@ def matrices(model: nn.Module, kinds: Sequence[str], config: Config) -> list[str
 
 
 # ---- Data ----
-def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Sequence[str],
-                splits: Sequence[str]) -> list:
-    """Splits of the data set of that name on the hub, or of the one in --data-dir.
+def load_folder(data_dir: str, task: str | None):
+    """All splits of a task. ValueError if the folder cannot be read.
 
-    In a CSV an empty field is missing, but words such as NA are texts. A TSV has no quotes. Raises
-    ValueError if a folder cannot be read, or if a split, a column or a value is missing.
+    In a CSV an empty field is missing, but words such as NA are texts. A TSV has no quotes.
     """
     import datasets
-    source, cache, options = data_dir or hub, None, {}
-    if data_dir:  # datasets' own cache knows a folder by its name, and not by its files
-        files = sorted((str(path), path.stat().st_mtime_ns)
-                       for path in Path(data_dir).resolve().rglob("*"))
-        digest = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-        cache = Path(datasets.config.HF_DATASETS_CACHE, digest)
+    files = [(str(path), path.stat().st_mtime_ns) for path in Path(data_dir).resolve().rglob("*")]
+    known = datasets.fingerprint.Hasher.hash(sorted(files))
+    cache = Path(datasets.config.HF_DATASETS_CACHE, known)  # datasets' own knows no files
     try:
-        if data_dir:
-            found = datasets.load_dataset_builder(source, task, cache_dir=cache).config
-            if hasattr(found, "keep_default_na"):
-                quoting = csv.QUOTE_NONE if found.sep == "\t" else found.quoting
-                options = dict(keep_default_na=False, na_values=[""], quoting=quoting)
-        try:
-            loaded = datasets.load_dataset(source, task, cache_dir=cache, **options)
-        except RuntimeError:  # of a hub repository that still has a loading script
-            loaded = datasets.load_dataset(source, task, revision="refs/convert/parquet")
+        builder = datasets.load_dataset_builder(data_dir, task, cache_dir=cache)
+        builder.config.keep_default_na = False  # a setting of CSV, which other formats ignore
+        builder.config.na_values = [""]
+        if getattr(builder.config, "sep", None) == "\t":
+            builder.config.quoting = csv.QUOTE_NONE
+        builder.download_and_prepare()
+        return builder.as_dataset()
     except Exception as error:  # broken files raise all kinds
-        if not data_dir:
-            raise
-        while error.__cause__:  # datasets says only there what is wrong
-            error = error.__cause__
-        raise ValueError(f"--data-dir: {source} has no {task or 'data set'} that can be read, "
-                         f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+        cause = error.__cause__ or error  # datasets says only there what is wrong
+        raise ValueError(f"--data-dir: {data_dir} has no {task or 'data set'} that can be read, "
+                         f"{type(cause).__name__}: {cause}") from error
+
+
+def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Sequence[str],
+                splits: Sequence[str]) -> list:
+    """Splits of the data set on the hub, or of the one in --data-dir. ValueError if a split, a
+    column or a value is missing, or if a column of texts has others."""
+    import datasets
+    try:
+        loaded = load_folder(data_dir, task) if data_dir else datasets.load_dataset(hub, task)
+    except RuntimeError:  # of a hub repository that still has a loading script
+        loaded = datasets.load_dataset(hub, task, revision="refs/convert/parquet")
     for split in splits:
+        where = f"{data_dir or hub}, {task or 'data'}, {split}"
         if split not in loaded or not len(loaded[split]):
-            raise ValueError(f"{source}: no examples in the split {split!r}")
-        check_columns(loaded[split], columns, f"{source}, {task or 'data'}, {split}")
+            raise ValueError(f"{where}: no examples")
+        names = loaded[split].column_names
+        for column in columns:
+            if column not in names:
+                raise ValueError(f"{where}: no column {column!r}, only {', '.join(names)}")
+            values = loaded[split].data.column(column)  # pyarrow's, so that no text is decoded
+            if values.null_count:
+                row = values.is_null().index(True).as_py() + 1
+                raise ValueError(f"{where}: the {column} is missing (row {row} of {len(values)})")
+            if column != "label" and str(values.type) not in ("string", "large_string"):
+                raise ValueError(f"{where}: the {column} is of type {values.type}, not a text")
     return [loaded[split] for split in splits]
 
 
-def check_columns(rows, columns: Sequence[str], where: str) -> None:
-    """Raises ValueError for a column that is not there, lacks a value, or should be texts."""
-    for column in columns:
-        if column not in rows.column_names:
-            raise ValueError(f"{where}: no column {column!r}, only {', '.join(rows.column_names)}")
-        values = rows.data.column(column)  # pyarrow's, so that no text is decoded
-        if values.null_count:
-            row = values.is_null().index(True).as_py() + 1
-            raise ValueError(f"{where}: the {column} is missing (row {row} of {len(values)})")
-        if column != "label" and str(values.type) not in ("string", "large_string"):
-            raise ValueError(f"{where}: the {column} is of type {values.type}, not a text")
-
-
 def cast_labels(labels: Iterable, count: int, where: str) -> list[int] | list[float]:
-    """Labels as a loss takes them: classes, of which there are so many, or numbers if count is 1.
+    """So many classes, or numbers if count is 1, as a loss takes them. ValueError for others.
 
-    Whole floats, booleans and strings of digits are classes. ValueError names what is neither.
+    Whole floats, booleans and strings of digits are classes.
     """
     found = []
     for row, label in enumerate(labels, 1):
@@ -173,10 +168,7 @@ def hold_out(rows: Sized) -> tuple[Subset, Subset]:
 
 
 def some(rows: Sized, recipe: Recipe) -> Sized:
-    """As many of the training examples as the recipe asks for, at random but alike for every seed.
-
-    ValueError if there are fewer.
-    """
+    """As many of the rows as the recipe asks for (0: all), at random but alike for every seed."""
     if recipe.examples > len(rows):
         raise ValueError(f"--set examples={recipe.examples}: there are {len(rows)} to train on")
     order = random.Random(0).sample(range(len(rows)), recipe.examples)
@@ -184,20 +176,20 @@ def some(rows: Sized, recipe: Recipe) -> Sized:
 
 
 def epoch_batches(rows: Sized, batch_size: int, config: Config, epoch: int,
-                  collate: Callable | None = None) -> DataLoader:
-    """The batches of an epoch in its random order; every process has its share of each."""
-    sampler = DistributedSampler(
-        rows, shared.PROCESSES, shared.PROCESS, seed=seed_of(config, epoch))
-    return DataLoader(rows, batch_size // shared.PROCESSES, sampler=sampler, collate_fn=collate,
-                      pin_memory=DEVICE == "cuda" and collate is None)
+                  pad: Callable | None = None) -> DataLoader:
+    """The batches of an epoch in its random order; every process has its share of each.
 
+    With pad, a batch is a list of chunks of similar length. On a CPU this saves padding, so time.
+    """
+    def chunks(batch: list[dict]) -> list[dict]:
+        batch = sorted(batch, key=lambda row: len(row["input_ids"]))
+        size = math.ceil(len(batch) / (4 if DEVICE == "cpu" else 1))
+        return [pad(batch[i : i + size]) for i in range(0, len(batch), size)]
 
-def by_length(rows: list[dict], pad: Callable[[list[dict]], dict]) -> list[dict]:
-    """A batch of texts as chunks of similar length. On a CPU this saves padding, so time. The mean
-    loss over the chunks is that of the batch."""
-    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    size = math.ceil(len(rows) / (4 if DEVICE == "cpu" else 1))
-    return [pad(rows[i : i + size]) for i in range(0, len(rows), size)]
+    seed, count = seed_of(config, epoch), shared.PROCESSES
+    sampler = DistributedSampler(rows, count, shared.PROCESS, seed=seed)
+    collate = chunks if pad else None
+    return DataLoader(rows, batch_size // count, sampler=sampler, collate_fn=collate)
 
 
 def mean_loss(model: nn.Module, chunks: list[dict], config: Config) -> Tensor:
@@ -209,28 +201,33 @@ def mean_loss(model: nn.Module, chunks: list[dict], config: Config) -> Tensor:
 
 
 @torch.no_grad()
-def predictions(rows: Sized, batch_size: int, predict: Callable, collate: Callable | None,
+def predictions(rows: Sized, batch_size: int, predict: Callable, pad: Callable | None,
                 config: Config) -> list:
     """What predict(batch), a list, gives for every row, in their order; processes share them."""
     order = range(len(rows))
-    if collate:  # texts, of which batches of one length need no padding
+    if pad:  # texts, of which batches of one length need no padding
         order = sorted(order, key=lambda i: len(rows[i]["input_ids"]))
     own, found = order[shared.PROCESS :: shared.PROCESSES], []
-    for batch in DataLoader(Subset(rows, own), batch_size, collate_fn=collate):
+    for batch in DataLoader(Subset(rows, own), batch_size, collate_fn=pad):
         with autocast(config):
             found += predict(batch)
     by_row = dict(zip(own, found))
     if shared.PROCESSES > 1:
         shares = [{}] * shared.PROCESSES
         distributed.all_gather_object(shares, by_row)
-        by_row = dict(itertools.chain(*(share.items() for share in shares)))
+        by_row = ChainMap(*shares)
     return [by_row[i] for i in range(len(rows))]
 
 
-def guesses(logits: Tensor, labels: Tensor) -> list[tuple[float, float]]:
+def guesses(model: nn.Module, batch: dict) -> list[tuple[float, float]]:
     """Of every example: what the model says, a class or a number, and its loss."""
+    inputs = {key: x.to(DEVICE) for key, x in batch.items()}
+    labels = inputs.pop("labels")
+    logits = model(**inputs).logits.float()  # (n, classes), or (n, 1) for a number
     if logits.shape[1] == 1:
         guess = logits.squeeze(1)
-        return [*zip(guess.tolist(), (guess - labels).square().tolist())]
-    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    return [*zip(logits.argmax(dim=1).tolist(), losses.tolist())]
+        losses = (guess - labels).square()
+    else:
+        guess = logits.argmax(dim=1)
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return [*zip(guess.tolist(), losses.tolist())]

@@ -1,20 +1,20 @@
 """Section 4.2: an encoder, DeBERTaV3-base in the paper, on a task of GLUE (Table 2)."""
 
-import functools
 import itertools
 import math
 import random
 import statistics
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import transformers
 from torch import nn
 
 from experiments.data import (
-    by_length, cast_labels, epoch_batches, guesses, hold_out, load_splits, matrices, mean_loss,
-    most_tokens, predictions, pretrained, some, with_new_head)
+    cast_labels, epoch_batches, guesses, hold_out, load_splits, matrices, mean_loss, most_tokens,
+    predictions, pretrained, some, with_new_head)
 from experiments.problem import DEVICE, Problem
 from experiments.tables import Config, Recipe
 
@@ -43,6 +43,7 @@ TASKS = {
 TASKS["sst2_heldout"] = TASKS["sst2"]  # evaluated on 18,000 phrases of the training split
 HELD_OUT, FOR_CHOOSING = 20_000, 2_000  # by hold_out_sentences()
 
+
 def character_map(tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[[str], str]:
     """SentencePiece's own normalization, which transformers 5 leaves out of DebertaV2Tokenizer."""
     file = str(getattr(tokenizer, "vocab_file", None))
@@ -53,7 +54,7 @@ def character_map(tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[[
     return sentencepiece.SentencePieceNormalizer(file, **dict.fromkeys(spaces, False)).normalize
 
 
-@functools.cache
+@cache
 def load_examples(name: str, data_dir: str | None, model: str, most: int = MAX_TOKENS
                   ) -> tuple[Callable, list[list[dict]]]:
     """What pads a batch, and the examples of the training and dev splits, of so many tokens."""
@@ -61,8 +62,6 @@ def load_examples(name: str, data_dir: str | None, model: str, most: int = MAX_T
     splits, hub_name = ("train", *task.dev), name.removesuffix("_heldout")
     loaded = load_splits(data_dir, HUB, hub_name, [*task.texts, "label"], splits)
     tokenizer, examples = pretrained(transformers.AutoTokenizer, model), []
-    if tokenizer.pad_token is None:
-        raise ValueError(f"--model: the tokenizer of {model} has no pad token, which batches need")
     mapped = character_map(tokenizer)
     for split, rows in zip(splits, loaded):
         labels = cast_labels(rows["label"], task.labels, f"{data_dir or HUB}, {name}, {split}")
@@ -78,10 +77,8 @@ def load_examples(name: str, data_dir: str | None, model: str, most: int = MAX_T
 def hold_out_sentences(examples: list[dict], phrases: Sequence[str]) -> list[list[dict]]:
     """Splits SST-2's training split: what to train on, 2,000 to choose settings by, 18,000.
 
-    The split has sentences and phrases of these sentences. No held-out phrase is part of a sentence
-    that is trained on. (A short phrase of a held-out sentence may be trained on, if it also is part
-    of another sentence.) Sentences are drawn at random, but alike for every seed. Raises ValueError
-    if fewer than twice as many phrases are given as are held out.
+    The split has sentences and their phrases. No held-out phrase is part of a sentence that is
+    trained on. Sentences are drawn at random, but alike for every seed.
     """
     if len(phrases) < 2 * HELD_OUT:
         raise ValueError(f"sst2_heldout holds out {HELD_OUT:,} phrases and needs twice as many, "
@@ -125,16 +122,14 @@ def compute_metrics(names: Iterable[str], predicted: list, labels: list) -> dict
 
 def adapted_kinds(model: nn.Module) -> list[str]:
     """The matrices of Figure 2, as DeBERTa or as BERT and RoBERTa name them."""
-    deberta = any(name.endswith(".query_proj") for name, _ in model.named_modules())
-    suffix = "_proj" if deberta else ""
-    return [*(kind + suffix for kind in ("query", "key", "value")),
-            "intermediate.dense", "output.dense"]
+    end = "_proj" if model.config.model_type == "deberta-v2" else ""
+    return [f"query{end}", f"key{end}", f"value{end}", "intermediate.dense", "output.dense"]
 
 
 def find_heads(model: nn.Module) -> list[str]:
     """What a checkpoint of an encoder does not have, so what is trained in full."""
-    names = [name for name, _ in model.named_modules()]
-    return [h for h in ("pooler", "classifier") if any(f".{n}".endswith(f".{h}") for n in names)]
+    last = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return [head for head in ("pooler", "classifier") if head in last]
 
 
 def problem(config: Config, recipe: Recipe) -> Problem:
@@ -149,37 +144,27 @@ def problem(config: Config, recipe: Recipe) -> Problem:
         devs = devs[:1] if config.holdout else devs[1:]
     elif config.holdout:
         train, *devs = hold_out(train)
+    devs = dict(zip(("", "_mm"), devs))  # _mm: MNLI's mismatched
     train = some(train, recipe)
     model.to(DEVICE)
-
-    suffixes = ("", "_mm")  # MNLI's mismatched
-
-    def predict(batch: dict) -> list[tuple[float, float]]:
-        labels = batch.to(DEVICE).pop("labels")
-        return guesses(model(**batch).logits.float(), labels)
-
-    def metrics(predicted: Iterable[Sequence]) -> dict[str, float]:
-        found = {}
-        for dev, guess, suffix in zip(devs, predicted, suffixes):
-            scores = compute_metrics(task.metrics, guess, [row["labels"] for row in dev])
-            found |= {f"{name}{suffix}": score for name, score in scores.items()}
-        return found
-
     outputs: dict[str, Sequence] = {}
 
+    def metrics(guess: Sequence, suffix: str) -> dict[str, float]:
+        found = compute_metrics(task.metrics, guess, [row["labels"] for row in devs[suffix]])
+        return {f"{name}{suffix}": value for name, value in found.items()}
+
     def evaluate(last: bool) -> dict[str, float]:
-        found, means = [], {}
-        for dev, suffix in zip(devs, suffixes):
-            guess, losses = zip(*predictions(dev, EVALUATION_BATCH, predict, pad, config))
-            found.append(guess)
-            outputs.update({f"prediction{suffix}": guess, f"loss{suffix}": losses})
-            means[f"loss{suffix}"] = statistics.fmean(losses)
-        return metrics(found) | means
+        found = {}
+        for suffix, dev in devs.items():
+            each = predictions(dev, EVALUATION_BATCH, partial(guesses, model), pad, config)
+            guess, loss = zip(*each)
+            outputs.update({f"prediction{suffix}": guess, f"loss{suffix}": loss})
+            found |= metrics(guess, suffix) | {f"loss{suffix}": statistics.fmean(loss)}
+        return found
 
     majority = statistics.mode(row["labels"] for row in train)
+    floors = [metrics([majority] * len(dev), suffix) for suffix, dev in devs.items()]
     return Problem(
         model, targets, find_heads(model), math.ceil(len(train) / recipe.batch_size),
-        lambda epoch: epoch_batches(train, recipe.batch_size, config, epoch,
-                                    lambda rows: by_length(rows, pad)),
-        lambda model, chunks: mean_loss(model, chunks, config), evaluate,
-        metrics([majority] * len(dev) for dev in devs), outputs=outputs)
+        lambda epoch: epoch_batches(train, recipe.batch_size, config, epoch, pad),
+        partial(mean_loss, config=config), evaluate, dict(ChainMap(*floors)), outputs=outputs)

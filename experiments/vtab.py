@@ -4,12 +4,12 @@ A task is a folder of vtab-1k.zip: lists train800.txt, val200.txt and test.txt, 
 path below the folder, a blank and a label, and the images.
 """
 
-import functools
 import math
 import statistics
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -29,73 +29,49 @@ KINDS = ("q_proj", "k_proj", "v_proj", "fc1", "fc2")
 EVALUATION_BATCH = 64
 
 
-def open_task(task: str, data_dir: str | None) -> Path | zipfile.Path:
-    """The task's folder, unpacked or within the zip. ValueError if there is none."""
-    if data_dir is None:
-        from huggingface_hub import hf_hub_download
-        archive, root = Path(hf_hub_download(HUB, ZIP, repo_type="dataset")), None
-    else:
-        archive, root = Path(data_dir, ZIP), Path(data_dir, "vtab-1k")
-    if root is None or not root.is_dir():
-        if not archive.is_file():
-            raise ValueError(f"--data-dir: {data_dir} holds neither {ZIP} nor a folder vtab-1k")
-        try:
-            root = zipfile.Path(archive, "vtab-1k/")
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{archive}: {error}; download it again") from None
-    if not (root / task).is_dir():
-        tasks = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-        raise ValueError(f"{archive.parent}: no folder vtab-1k/{task}; there are {tasks}")
-    return root / task
-
-
 def in_eight_bits(image: Image.Image) -> Image.Image:
     """An image of 16 bits, or of floats from 0 to 1, scaled to 8 bits; any other as it is."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        highest = 1 if image.mode == "F" else 2**16 - 1
-        values = np.asarray(image, dtype=float)
-        least, most = values.min(), values.max()
-        if not 0 <= least <= most <= highest:
-            raise ValueError(f"values are from {least:g} to {most:g}, not from 0 to {highest}")
-        image = Image.fromarray((values * 255 / highest).round().astype(np.uint8))
-    return image
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    highest = 1 if image.mode == "F" else 2**16 - 1
+    values = np.asarray(image, dtype=float)
+    least, most = values.min(), values.max()
+    if not 0 <= least <= most <= highest:
+        raise ValueError(f"values are from {least:g} to {most:g}, not from 0 to {highest}")
+    return Image.fromarray((values * 255 / highest).round().astype(np.uint8))
 
 
 class Images(Dataset):
     """The images of a list, decoded and processed when asked for: dict(pixel_values, labels).
 
-    Raises ValueError if the list is missing, empty or has a bad line.
+    Raises ValueError if the list has a bad line.
     """
     def __init__(self, folder: Path | zipfile.Path, split: str, processor):
-        self.folder, self.processor, self.rows = folder, processor, []
+        self.processor, self.paths, self.labels = processor, [], []
         path = folder / f"{split}.txt"
-        if not path.is_file():
-            raise ValueError(f"{path}: no such list of images")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             name, _, label = line.rpartition(" ")
             if not name or not label.isdecimal():
                 raise ValueError(f"{path}, line {number}: {line!r} is not a path and a label >= 0")
-            self.rows.append((name, int(label)))
-        if not self.rows:
-            raise ValueError(f"{path}: no examples")
+            self.paths.append(folder / name)
+            self.labels.append(int(label))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.labels)
 
     def image(self, i: int) -> Image.Image:
         """Upright, as its EXIF data say. ValueError if there is no such file, or it is broken."""
-        path = self.folder / self.rows[i][0]
         try:
-            with path.open("rb") as file:
+            with self.paths[i].open("rb") as file:
                 upright = ImageOps.exif_transpose(Image.open(file))
                 return in_eight_bits(upright).convert("RGB")
         except Exception as error:  # broken files raise all kinds
-            raise ValueError(f"{path} is not an image that can be read, {type(error).__name__}: "
-                             f"{error}") from None
+            raise ValueError(f"{self.paths[i]} is not an image that can be read, "
+                             f"{type(error).__name__}: {error}") from None
 
     def __getitem__(self, i: int) -> dict:
         pixels = self.processor(self.image(i), return_tensors="pt")["pixel_values"][0]
-        return dict(pixel_values=pixels, labels=self.rows[i][1])
+        return dict(pixel_values=pixels, labels=self.labels[i])
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         """A batch, by threads: processes could not share a zip."""
@@ -103,20 +79,32 @@ class Images(Dataset):
             return [*pool.map(self.__getitem__, indices)]
 
 
-@functools.cache
+@cache
 def load_images(task: str, data_dir: str | None, model: str) -> tuple[list, list, Images, int]:
     """The training and validation images in memory, the test images, the number of classes.
 
-    Every image is decoded once, so that a broken one is found before training.
+    Every image is decoded once, so that a broken one is found before training. ValueError if there
+    is neither the task's folder nor the zip.
     """
-    folder = open_task(task, data_dir)
+    if data_dir is None:
+        from huggingface_hub import hf_hub_download
+        data_dir = Path(hf_hub_download(HUB, ZIP, repo_type="dataset")).parent
+    root, archive = Path(data_dir, "vtab-1k"), Path(data_dir, ZIP)
+    if not root.is_dir():
+        if not zipfile.is_zipfile(archive):
+            raise ValueError(f"--data-dir: {data_dir} has no folder vtab-1k and no whole {ZIP}")
+        root = zipfile.Path(archive, "vtab-1k/")
+    if not (root / task).is_dir():
+        tasks = sorted(path.name for path in root.iterdir())
+        raise ValueError(f"{data_dir}: no folder vtab-1k/{task}; there are {tasks}")
     processor = pretrained(transformers.AutoImageProcessor, model, backend="pil")
-    train, val, test = (Images(folder, name, processor) for name in ("train800", "val200", "test"))
+    lists = ("train800", "val200", "test")
+    train, val, test = (Images(root / task, name, processor) for name in lists)
     for i in range(len(test)):
         test.image(i)
-    classes = 1 + max(label for split in (train, val, test) for _, label in split.rows)
-    in_memory = [[split[i] for i in range(len(split))] for split in (train, val)]
-    return *in_memory, test, classes
+    classes = 1 + max(train.labels + val.labels + test.labels)
+    train, val = (split.__getitems__(range(len(split))) for split in (train, val))
+    return train, val, test, classes
 
 
 def problem(config: Config, recipe: Recipe) -> Problem:
@@ -130,32 +118,25 @@ def problem(config: Config, recipe: Recipe) -> Problem:
     model = with_new_head(transformers.AutoModelForImageClassification, config.model, classes)
     targets = matrices(model, KINDS, config)
     model.to(DEVICE)
+    labels = {"val_": [row["labels"] for row in val], "": test.labels}
+    outputs: dict[str, Sequence] = {}
 
     def loss(model: nn.Module, batch: dict) -> torch.Tensor:
         with autocast(config):
-            return model(**{key: x.to(DEVICE, non_blocking=True) for key, x in batch.items()}).loss
+            return model(**{key: x.to(DEVICE) for key, x in batch.items()}).loss
 
-    def predict(batch: dict) -> list[tuple[int, float]]:
-        logits = model(pixel_values=batch["pixel_values"].to(DEVICE)).logits.float()
-        return guesses(logits, batch["labels"].to(DEVICE))
-
-    outputs: dict[str, Sequence] = {}
-
-    def measure(split: Dataset | list, labels: list[int], prefix: str) -> dict[str, float]:
-        found = predictions(split, EVALUATION_BATCH, predict, None, config)
+    def measure(images: Sized, prefix: str) -> dict[str, float]:
+        found = predictions(images, EVALUATION_BATCH, partial(guesses, model), None, config)
         outputs["prediction"], outputs["loss"] = zip(*found)
-        accuracy = statistics.fmean(a == b for a, b in zip(outputs["prediction"], labels))
-        return {f"{prefix}accuracy": accuracy, f"{prefix}loss": statistics.fmean(outputs["loss"])}
+        right = statistics.fmean(a == b for a, b in zip(outputs["prediction"], labels[prefix]))
+        return {f"{prefix}accuracy": right, f"{prefix}loss": statistics.fmean(outputs["loss"])}
 
     def evaluate(last: bool) -> dict[str, float]:
-        found = measure(val, [row["labels"] for row in val], "val_")
-        if last and not config.holdout:
-            found = measure(test, [label for _, label in test.rows], "") | found
-        return found
+        found = measure(val, "val_")
+        return measure(test, "") | found if last and not config.holdout else found
 
     majority = statistics.mode(row["labels"] for row in train)
-    floor = dict(val_accuracy=statistics.fmean(row["labels"] == majority for row in val),
-                 accuracy=statistics.fmean(label == majority for _, label in test.rows))
+    floor = {f"{prefix}accuracy": y.count(majority) / len(y) for prefix, y in labels.items()}
     return Problem(
         model, targets, ["classifier"], math.ceil(len(train) / recipe.batch_size),
         lambda epoch: epoch_batches(train, recipe.batch_size, config, epoch), loss, evaluate, floor,

@@ -4,6 +4,8 @@ The paper names BART-large once; its parameter counts, in Table 3, are those of 
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import transformers
@@ -11,8 +13,7 @@ from datasets import Dataset
 from torch import nn
 
 from experiments.data import (
-    by_length, epoch_batches, load_splits, matrices, mean_loss, most_tokens, predictions,
-    pretrained, some)
+    epoch_batches, load_splits, matrices, mean_loss, most_tokens, predictions, pretrained, some)
 from experiments.problem import DEVICE, Problem
 from experiments.tables import Config, Recipe
 
@@ -31,22 +32,22 @@ def rouge(found: list[str], references: list[str]) -> dict[str, float]:
     return {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ROUGE}
 
 
-def load_tokens(config: Config, tokenizer: transformers.PreTrainedTokenizerBase, article: int,
-                summary: int) -> tuple[list[Dataset], list[Dataset]]:
-    """The training and validation splits, and the one that is reported on; then their tokens, at
-    most so many."""
-    train, validation, test = load_splits(
-        config.data_dir, HUB, None, ("document", "summary"), ("train", "validation", "test"))
-    splits = [train, validation, validation if config.holdout else test]
-
-    def tokenize(rows: dict) -> dict:
-        articles = tokenizer(rows["document"], max_length=article, truncation=True)
-        summaries = tokenizer(text_target=rows["summary"], max_length=summary, truncation=True)
+def tokens_of(rows: Dataset, tokenizer: Callable, article: int, summary: int) -> Dataset:
+    """The tokens of texts, at most so many of an article and of a summary."""
+    def tokenize(batch: dict) -> dict:
+        articles = tokenizer(batch["document"], max_length=article, truncation=True)
+        summaries = tokenizer(text_target=batch["summary"], max_length=summary, truncation=True)
         return {**articles, "labels": summaries["input_ids"]}
 
-    tokens = [split.map(tokenize, batched=True, remove_columns=split.column_names)
-              for split in splits]
-    return splits, tokens
+    return rows.map(tokenize, batched=True, remove_columns=rows.column_names)
+
+
+def token_losses(model: nn.Module, batch: dict) -> list[tuple[float, int]]:
+    """Of every summary: the sum over its tokens, and their number."""
+    labels = batch.to(DEVICE)["labels"]
+    logits = model(**batch).logits.float().transpose(1, 2)  # (n, vocabulary, tokens)
+    sums = nn.functional.cross_entropy(logits, labels, reduction="none").sum(dim=1)
+    return [*zip(sums.tolist(), (labels != -100).sum(dim=1).tolist())]
 
 
 def problem(config: Config, recipe: Recipe) -> Problem:
@@ -59,37 +60,34 @@ def problem(config: Config, recipe: Recipe) -> Problem:
     model = pretrained(transformers.AutoModelForSeq2SeqLM, config.model, dtype=torch.float32)
     targets = matrices(model, KINDS, config)
     article, summary = (most_tokens(model, n) for n in (ARTICLE_TOKENS, SUMMARY_TOKENS))
-    splits, (train, validation, reported) = load_tokens(config, tokenizer, article, summary)
+    train, validation, test = load_splits(
+        config.data_dir, HUB, None, ("document", "summary"), ("train", "validation", "test"))
+    texts = validation if config.holdout else test
+    train, validation, reported = (
+        tokens_of(rows, tokenizer, article, summary) for rows in (train, validation, texts))
     train = some(train, recipe)
+    pad = transformers.DataCollatorForSeq2Seq(tokenizer)  # labels with -100
     outputs: dict[str, list] = {}
     model.to(DEVICE)
-    pad = transformers.DataCollatorForSeq2Seq(tokenizer)  # labels with -100
-
-    def losses(batch: dict) -> list[tuple[float, int]]:
-        """Of every summary: the sum over its tokens, and their number."""
-        labels = batch.to(DEVICE)["labels"]
-        logits = model(**batch).logits.float().transpose(1, 2)  # (n, vocabulary, tokens)
-        sums = nn.functional.cross_entropy(logits, labels, reduction="none").sum(dim=1)
-        return [*zip(sums.tolist(), (labels != -100).sum(dim=1).tolist())]
 
     def summarize(batch: dict) -> list[str]:
         del batch["labels"]
-        tokens = model.generate(
-            **batch.to(DEVICE), num_beams=BEAMS, max_length=summary, do_sample=False)
-        return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        found = model.generate(
+            **batch.to(DEVICE), num_beams=BEAMS, do_sample=False, max_length=summary)
+        return tokenizer.batch_decode(found, skip_special_tokens=True)
 
     def evaluate(last: bool) -> dict[str, float]:
-        found = predictions(validation, recipe.batch_size, losses, pad, config)
-        loss = sum(total for total, _ in found) / sum(count for _, count in found)
-        if not last:
-            return dict(validation_loss=loss)
-        outputs["prediction"] = predictions(reported, DECODING_BATCH, summarize, pad, config)
-        return rouge(outputs["prediction"], splits[-1]["summary"]) | dict(validation_loss=loss)
+        losses = partial(token_losses, model)
+        sums, counts = zip(*predictions(validation, recipe.batch_size, losses, pad, config))
+        metrics = dict(validation_loss=sum(sums) / sum(counts))
+        if last:
+            outputs["prediction"] = predictions(reported, DECODING_BATCH, summarize, pad, config)
+            metrics = rouge(outputs["prediction"], texts["summary"]) | metrics
+        return metrics
 
-    lead = [document.partition("\n")[0] for document in splits[-1]["document"]]
+    lead = [document.partition("\n")[0] for document in texts["document"]]
     return Problem(
         model, targets, [], math.ceil(len(train) / recipe.batch_size),
-        lambda epoch: epoch_batches(train, recipe.batch_size, config, epoch,
-                                    lambda rows: by_length(rows, pad)),
-        lambda model, chunks: mean_loss(model, chunks, config), evaluate,
-        rouge(lead, splits[-1]["summary"]), "first sentence", outputs=outputs)
+        lambda epoch: epoch_batches(train, recipe.batch_size, config, epoch, pad),
+        partial(mean_loss, config=config), evaluate, rouge(lead, texts["summary"]),
+        "first sentence", outputs=outputs)
