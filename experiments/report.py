@@ -147,7 +147,8 @@ def read(folder: Path) -> list[dict]:
     for path in sorted(folder.rglob("results.json")):
         predictions = path.with_name("predictions.json")
         try:
-            results = json.loads(path.read_text()) | {"folder": str(path.parent.relative_to(folder))}
+            results = json.loads(path.read_text())
+            results |= dict(folder=path.parent.relative_to(folder).as_posix())
             if predictions.exists():
                 results["predictions"] = json.loads(predictions.read_text())
         except (ValueError, TypeError) as error:
