@@ -85,10 +85,10 @@ def test_a_run_is_described_beside_what_it_is_compared_with():
     "values, text",
     [([0.3602, 0.3478], "0.3540 ± 0.0088"), ([1.0, 1.2], "1.100 ± 0.141"), ([2.0], "2"),
      ([1000.0, 5000.0], "3,000 ± 2,828"), ([0.123456], "0.1235"), ([165888, 165888], "165,888"),
-     ([1, 1 + 1e-12], "1"), ([np.nan], "")],
+     ([1, 1 + 1e-12], "1"), ([np.nan], ""), ([1.0, np.nan, 1.2], "1.100 ± 0.141 (2)")],
 )  # fmt: skip
 def test_a_mean_shows_two_digits_of_the_deviation_or_three_that_begin_with_1(values, text):
-    """What does not vary has no deviation, and what is whole stays whole."""
+    """What does not vary has no deviation, what is whole stays whole; (n) if some are missing."""
     assert report.mean_std(pandas.Series(values)) == text
 
 
@@ -338,16 +338,16 @@ def test_what_stands_between_marks_is_what_the_study_says(runs, tmp_path):
     report.pack(tmp_path / "runs", tmp_path / "s")
     ours, lora = ([runs[title, seed]["metrics"]["accuracy"] for seed in range(6)]
                   for title in ("ElaLoRA", "LoRA"))
-    mean, text = np.mean(np.subtract(ours, lora)), "a <!-- no; mark --> b\n"
-    right = {"s; ElaLoRA; accuracy; {mean:.3f} of {n}": f"{np.mean(ours):.3f} of 6",
-             "s mrpc; LoRA; accuracy; {std:.1%}": f"{np.std(lora, ddof=1):.1%}",
-             "s; ElaLoRA − LoRA; accuracy; {mean:+.4f}": f"{mean:+.4f}"}
-    for mark, value in right.items():
-        assert report.fill(f"{text}<!-- {mark} -->old<!--end-->, c", tmp_path) == (
-            f"{text}<!-- {mark} -->{value}<!--end-->, c")
-    filled = report.fill("<!-- s; ElaLoRA − LoRA; accuracy --><!--end-->", tmp_path)
+    difference, text = np.subtract(ours, lora), "a <!-- no; mark --> b\n"
     p = scipy.stats.ttest_rel(ours, lora).pvalue  # the only one that is tested
-    assert f"-->{shown(np.subtract(ours, lora))} (p = {p:.2g})<!" in filled.replace("+", "")
+    right = {"s; ElaLoRA; accuracy": shown(ours),
+             "s; ElaLoRA; accuracy; {mean:.3f} of {n}": f"{np.mean(ours):.3f} of 6",
+             "s mrpc; LoRA; accuracy; {std:.1%}": f"{np.std(lora, ddof=1):.1%}",
+             "s; ElaLoRA − LoRA; accuracy": f"{shown(difference)} (p = {p:.2g})",
+             "s; ElaLoRA − LoRA; accuracy; {mean:.4f}": f"{np.mean(difference):.4f}"}
+    for mark, value in right.items():
+        filled = report.fill(f"{text}<!-- {mark} -->old<!--end-->, c", tmp_path)
+        assert filled.replace("+", "") == f"{text}<!-- {mark} -->{value}<!--end-->, c"
     for mark in ("s; EVA; accuracy", "s; LoRA; loss", "t; LoRA; accuracy", "s; LoRA − EVA; loss"):
         with pytest.raises(ValueError, match=f"<!-- {mark} -->.* not found"):
             report.fill(f"<!-- {mark} --><!--end-->", tmp_path)
