@@ -193,13 +193,13 @@ def runs(tmp_path):
     return found
 
 
-def cells_of(text):
+def cells_of(page):
     """Heading -> row -> column -> cell."""
     found = {}
-    for part in text.split("## ")[1:]:
-        lines = [line for line in part.splitlines() if line.startswith("|")]
-        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-        found[part.partition("\n")[0]] = {row[0]: dict(zip(rows[0], row)) for row in rows[2:]}
+    for part in page.read_text().split("## ")[1:]:
+        heading, *lines = part.strip().splitlines()
+        header, _, *rows = [re.split(r"\s*\|\s*", line)[1:-1] for line in lines[1:]]
+        found[heading] = {name: dict(zip(header[1:], cells)) for name, *cells in rows}
     return found
 
 
@@ -212,7 +212,7 @@ def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
     """Means and deviations, ranks and how they correlate, differences to ElaLoRA."""
     write_run(tmp_path / "runs", arguments("lora") | dict(task="rte"), np.random.default_rng(1))
     report.compare(tmp_path / "runs", "glue")
-    tables = cells_of((tmp_path / "runs/glue.md").read_text())
+    tables = cells_of(tmp_path / "runs/glue.md")
     assert [*tables] == ["mrpc", "mrpc, first minus second: ElaLoRA and others", "rte"]
     reached, differences, _ = tables.values()
     accuracy, losses = {}, {}
@@ -244,8 +244,8 @@ def test_a_page_has_tasks_and_methods_beside_the_paper(tmp_path):
     write_run(folder, arguments("svd", 10), random)
     text = report.compare(folder, "glue")
     assert text in (folder / "glue.md").read_text()
-    lines = [line.split("|")[1:-1] for line in text.splitlines() if line[:1] == "|"]
-    header, _, ours, paper, lora, papers_lora, svd = [[x.strip() for x in line] for line in lines]
+    table = [re.split(r"\s*\|\s*", line)[1:-1] for line in text.splitlines() if "|" in line]
+    header, _, ours, paper, lora, papers_lora, svd = table
     assert header == ["rank", "run", "parameters, M", "rte", "mrpc", "average"]
     assert ours[:3] == ["2", "ElaLoRA", "0.12"] and lora[:3] == ["2", "LoRA", "0.12"]
     assert paper == ["2", "the paper", "0.33", "85.92", "90.44", "88.18"]
@@ -326,11 +326,10 @@ def test_only_differences_that_were_named_are_tested(runs, tmp_path):
     named = {"b = 1": [["LoRA", "ElaLoRA"], ["ElaLoRA", "EVA"]], "others": [["LoRA", "AdaLoRA"]]}
     (tmp_path / "runs/contrasts.json").write_text(json.dumps(dict(glue=named)))
     report.compare(tmp_path / "runs", "glue")
-    tables = cells_of((tmp_path / "runs/glue.md").read_text())
-    found = {heading: [*rows] for heading, rows in tables.items() if "minus" in heading}
-    families = {"b = 1, 1 of 2": "LoRA − ElaLoRA", "others, 1 of 1": "LoRA − AdaLoRA"}
-    assert found == {f"mrpc, first minus second: {family} named beforehand": [name]
-                     for family, name in families.items()}
+    _, *families = cells_of(tmp_path / "runs/glue.md").items()
+    assert [(heading.partition(": ")[2], *rows) for heading, rows in families] == [
+        ("b = 1, 1 of 2 named beforehand", "LoRA − ElaLoRA"),
+        ("others, 1 of 1 named beforehand", "LoRA − AdaLoRA")]
 
 
 def test_what_stands_between_marks_is_what_the_study_says(runs, tmp_path):
@@ -354,11 +353,13 @@ def test_what_stands_between_marks_is_what_the_study_says(runs, tmp_path):
 
 
 def test_a_method_has_one_colour(tmp_path, monkeypatch):
-    """Its second curve is dashed."""
+    """Its second curve is dashed. A score of 0 is drawn at -20."""
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     names = ["ElaLoRA, early", "LoRA", "ElaLoRA, late", "step 3", "step 5"]
-    figures.distributions({name: pandas.Series([-3.0, -2.0]) for name in names}, tmp_path / "x")
+    S = report.log_scores([0.0, 1e-3, 10])
+    assert S.tolist() == pytest.approx([-20, -3, 1])
+    figures.distributions(dict.fromkeys(names, S), tmp_path / "x")
     lines = [(line.get_color(), line.get_linestyle()) for line in drawn[0].axes[0].lines]
     ours, lora = figures.COLORS["ElaLoRA"], figures.COLORS["LoRA"]
     assert lines == [(ours, "-"), (lora, "-"), (ours, "--"), ("black", "-"), ("black", "--")]
