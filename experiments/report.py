@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+from scipy import optimize, stats
 
 from experiments.tables import FAMILIES, Config
 
@@ -38,7 +39,6 @@ is over the tasks shown. Parameters are counted at the end of a run; the paper c
 the start. Differences are paired by seed and tested from five pairs on (Student's t, Holm's
 correction)."""
 MARK = "<!-- made by experiments/report.py -->"
-DIFFERENCE = "{mean:+.{d}f} ± {std:.{d}f} (p = {p:.2g})"
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -85,32 +85,31 @@ def titles(runs: list[dict]) -> list[str]:
     """The words of each run, without those that all runs share, and without the learning rate where
     the title is clear without it."""
     shared = shared_words(runs)
-    found = [[method, *(word for word in rest if word not in shared)]
-             for method, *rest in map(words, runs)]
-    long = [", ".join(x) for x in found]
-    short = [", ".join(word for word in x if not word.startswith("lr ")) for x in found]
-    clear = pandas.Series(long).groupby(short).nunique() == 1
-    return [s if clear[s] else l for s, l in zip(short, long)]
+    own = pandas.Series([[word for word in words(r) if word not in shared] for r in runs])
+    long = own.str.join(", ")
+    short = long.str.replace(r", lr [^,]*", "", regex=True)
+    clear = long.groupby(short).transform("nunique") == 1
+    return short.where(clear, long).tolist()
 
 
+# ---- One run ----
 def grid(ranks: dict[str, int]) -> pandas.DataFrame:
     """A row for every matrix of a layer, a column for every layer.
 
     Where layers are numbered in several stacks, such as an encoder and a decoder, rows begin with
     what tells the stacks apart. Raises ValueError if two matrices would share a cell.
     """
-    numbered = [re.fullmatch(r"(?:(.*?)\.)??(\d+)\.(.+)", name) for name in ranks]
-    stacks, layers, kinds = zip(*(found.groups("") if found else ("", "", name)
-                                  for name, found in zip(ranks, numbered)))
-    components = [stack.split(".") for stack in stacks]
-    shared = set.intersection(*map(set, components))
-    prefixes = [".".join(c for c in stack if c not in shared) for stack in components]
-    rows = [".".join(filter(None, names)) for names in zip(prefixes, kinds)]
-    index = pandas.MultiIndex.from_arrays([layers, rows])
+    parts = pandas.Series([*ranks]).str.extract(r"^(?:(?:(.*?)\.)??(\d+)\.)?(.+)$").fillna("")
+    stacks = [stack.split(".") for stack in parts[0]]
+    shared = set.intersection(*map(set, stacks))
+    rows = []
+    for stack, kind in zip(stacks, parts[2]):
+        own = [part for part in stack if part and part not in shared]
+        rows.append(".".join([*own, kind]))
+    index = pandas.MultiIndex.from_arrays([parts[1], rows])
     return pandas.Series([*ranks.values()], index).unstack(0, sort=False)
 
 
-# ---- One run ----
 def mean_ranks(ranks: dict[str, int]) -> dict[str, float]:
     """The kinds of matrices and their mean ranks over the layers."""
     return grid(ranks).mean(axis="columns").to_dict() if ranks else {}
@@ -121,40 +120,22 @@ def log_scores(S: list[float]) -> pandas.Series:
     return np.log10(pandas.Series(S, dtype=float).clip(lower=1e-20))
 
 
-def count_pruned(results: dict) -> tuple[int, int]:
-    """How many ranks the adjustments pruned, and how many of the pruned ones they had added."""
-    pruned, again = 0, 0
-    initial = dict.fromkeys(results["ranks"], results["arguments"]["rank"])
-    for adjustment in results["adjustments"]:
-        for name, indices in adjustment["pruned"].items():
-            old = sum(i < initial[name] for i in indices)  # added ranks come last
-            initial[name] -= old
-            pruned += len(indices)
-            again += len(indices) - old
-    return pruned, again
-
-
 def describe(results: dict) -> list[str]:
-    """The lines printed of a run."""
-    sizes = sorted(results["ranks"].values())
-    pruned, again = count_pruned(results)
+    """What is printed of a run. Metrics are beside those of a guess and of the paper."""
+    sizes = results["ranks"].values()
+    ranks = {"mean rank": mean_ranks(results["ranks"]),
+             "planted": mean_ranks(results.get("planted_ranks"))}
+    metrics = {"": results["metrics"], results.get("floor_name"): results.get("floor"),
+               "the paper": results.get("paper")}
     lines = [
         "{task}, {method}, rank {rank}, seed {seed}: ".format(**results["arguments"])
         + "{total_steps} steps, {seconds:.0f} s".format(**results),
         "  {adapter_parameters:,} adapter parameters, {trainable_parameters:,} in all trained"
         .format(**results),
-        f"  {len(sizes)} matrices, total rank {sum(sizes)}, {sizes[0]} to {sizes[-1]} each"]
-    if pruned:
-        lines[-1] += f"; of {pruned} ranks pruned, {again} had been added by earlier adjustments"
-    planted, means = mean_ranks(results.get("planted_ranks")), mean_ranks(results["ranks"])
-    for kind, mean in means.items():
-        known = f"  (planted {planted[kind]:.0f})" if kind in planted else ""
-        lines.append(f"  {kind:<{max(map(len, means))}} mean rank {mean:5.2f}{known}")
-    compared = {results.get("floor_name"): results.get("floor", {}),
-                "the paper": results.get("paper", {})}
-    for metric, value in results["metrics"].items():
-        others = [f"{name} {x[metric]:.4f}" for name, x in compared.items() if metric in x]
-        lines.append(f"  {metric:<15} {value:.4f}" + f"  ({', '.join(others)})" * bool(others))
+        f"  {len(sizes)} matrices, total rank {sum(sizes)}, {min(sizes)} to {max(sizes)} each"]
+    for columns, decimals in ((ranks, 2), (metrics, 4)):
+        table = pandas.DataFrame({name: x for name, x in columns.items() if x})
+        lines.append(table.to_string(float_format=f"{{:.{decimals}f}}".format, na_rep=""))
     if results.get("note"):
         lines.append(f"  {results['note']}")
     return lines
@@ -168,14 +149,13 @@ def read(folder: Path) -> list[dict]:
         predictions = path.with_name("predictions.json")
         try:
             results = json.loads(path.read_text())
-            if "history" not in results:
-                continue
-            results["folder"] = path.parent.relative_to(folder).as_posix()
+            results |= dict(folder=path.parent.relative_to(folder).as_posix())
             if predictions.exists():
                 results["predictions"] = json.loads(predictions.read_text())
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path.parent}: {error}; delete it") from None
-        runs.append(results)
+        if "history" in results:
+            runs.append(results)
     return runs
 
 
@@ -195,17 +175,30 @@ def pack(folder: Path, study: Path) -> None:
     if not found:
         raise ValueError(f"{folder} has no run, which is a folder with a results.json")
     runs = [found[name] for name in sorted(found)]
-    rows = frame(runs)
+    table = frame(runs).to_csv(index=False)
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in runs)
     packed = gzip.compress(lines.encode(), mtime=0)  # the same runs make the same file
     write(Path(f"{study}.jsonl.gz"), lambda path: path.write_bytes(packed))
-    write(Path(f"{study}.csv"), lambda path: rows.to_csv(path, index=False))
+    write(Path(f"{study}.csv"), lambda path: path.write_text(table))
 
 
 def frame(runs: list[dict]) -> pandas.DataFrame:
     """What STUDY.csv has. ValueError if two runs have the same task, title and seed."""
-    metrics = {name: math.nan for r in runs for name in r["metrics"]}
-    rows = pandas.DataFrame([row(r, metrics) for r in runs])
+    asked = pandas.DataFrame([ASKED | r["arguments"] for r in runs])[[*ASKED]]
+    for name in ("targets", "set"):
+        asked[name] = asked[name].map(sorted).str.join(" ")
+    found = []
+    for r in runs:
+        pruned = [len(x) for moves in r["adjustments"] for x in moves["pruned"].values()]
+        found.append(dict(
+            train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
+            seconds=r["seconds"], commit=r.get("commit"), rank_correlation=math.nan,
+            pruned=sum(pruned) if r["adjustments"] else math.nan))
+    metrics = pandas.DataFrame([r["metrics"] for r in runs])
+    ranks = pandas.DataFrame([mean_ranks(r["ranks"]) for r in runs])
+    parts = [asked, metrics, pandas.DataFrame(found), ranks.add_prefix("rank of ")]
+    rows = pandas.concat(parts, axis="columns")
+    rows.insert(0, "run", "")
     for _, of_task in rows.groupby("task"):
         rows.loc[of_task.index, "run"] = titles([runs[i] for i in of_task.index])
     keys = rows[["task", "run", "seed"]]
@@ -219,29 +212,13 @@ def frame(runs: list[dict]) -> pandas.DataFrame:
     return rows
 
 
-def row(r: dict, metrics: dict) -> dict:
-    """One run's row, but for what others decide: its title and the correlation of its ranks."""
-    asked = {name: r["arguments"].get(name, default) for name, default in ASKED.items()}
-    asked |= {name: " ".join(sorted(asked[name])) for name in ("targets", "set")}
-    pruned, again = count_pruned(r) if r["adjustments"] else (math.nan, math.nan)
-    last_scores = [[], *r["scores"].values()][-1]
-    found = dict(run="") | asked | metrics | r["metrics"]
-    found |= dict(
-        train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
-        seconds=r["seconds"], commit=r.get("commit"), pruned=pruned, pruned_again=again,
-        score_median=log_scores(last_scores).median(), rank_correlation=math.nan)
-    return found | {f"rank of {kind}": mean for kind, mean in mean_ranks(r["ranks"]).items()}
-
-
 # ---- Differences ----
 def detectable(std: float, n: int, tests: int = 1) -> float:
     """The least mean difference that a t-test of n pairs finds in 80% of all cases, at 5% shared
     equally by so many tests, which is Holm's first step."""
-    import scipy.optimize
-    import scipy.stats
-    critical = scipy.stats.t.isf(0.025 / tests, n - 1)
-    power = lambda d: scipy.stats.nct.sf(critical, n - 1, d * math.sqrt(n))
-    return std * scipy.optimize.brentq(lambda d: power(d) - 0.8, 0.01, 50)
+    critical = stats.t.isf(0.025 / tests, n - 1)
+    power = lambda d: stats.nct.sf(critical, n - 1, d * math.sqrt(n))
+    return std * optimize.brentq(lambda d: power(d) - 0.8, 0.01, 50)
 
 
 def holm(p: pandas.Series) -> pandas.Series:
@@ -252,23 +229,19 @@ def holm(p: pandas.Series) -> pandas.Series:
 
 def differences(rows: pandas.DataFrame, metric: str, pairs: list[list[str]]) -> pandas.DataFrame:
     """The first run minus the second, by name, paired by seed; tested from five pairs on."""
-    import scipy.stats
     by_seed, found = rows.pivot(index="seed", columns="run", values=metric), {}
     for first, second in pairs:
         values = (by_seed[first] - by_seed[second]).dropna()
-        if len(values) < 2:
-            continue
         x = dict(mean=values.mean(), std=values.std(), n=len(values))
         if len(values) >= 5 and values.std() > 0:
-            test = scipy.stats.ttest_1samp(values, 0)
+            test = stats.ttest_1samp(values, 0)
             x["low"], x["high"] = test.confidence_interval(0.95)
             x["p"] = test.pvalue
         found[f"{first} − {second}"] = x
-    table = pandas.DataFrame(found).T.reindex(columns=["mean", "std", "n", "low", "high", "p"])
-    tests = int(table["p"].count())
-    least = [detectable(x["std"], int(x["n"]), tests) if x["p"] == x["p"] else math.nan
-             for _, x in table.iterrows()]
-    return table.assign(p=holm(table["p"]), detectable=least)
+    table = pandas.DataFrame(found, ["mean", "std", "n", "low", "high", "p", "detectable"]).T
+    for name, x in table.dropna(subset="p").iterrows():
+        table.loc[name, "detectable"] = detectable(x["std"], x["n"], table["p"].count())
+    return table.assign(p=holm(table["p"]))[table["n"] > 1]
 
 
 def families_of(study: Path, rows: pandas.DataFrame) -> dict[str, list[list[str]]]:
@@ -276,18 +249,17 @@ def families_of(study: Path, rows: pandas.DataFrame) -> dict[str, list[list[str]
     ElaLoRA (with the rank and settings that most runs share) and each other run."""
     path, present = study.with_name("contrasts.json"), [*rows["run"].unique()]
     named = json.loads(path.read_text()).get(study.name, {}) if path.exists() else {}
-    if named:
-        found = {x: [pair for pair in named[x] if {*pair} <= {*present}] for x in named}
-        return {f"{x}, {len(found[x])} of {len(named[x])} named beforehand": found[x]
-                for x in named if found[x]}
-    asked = rows.reindex(columns=["rank", "targets", "set"])
-    asked = pandas.Series(map(str, asked.to_numpy().tolist()), rows.index)
-    alike = asked.map(asked.value_counts()).groupby(rows["run"]).first()
-    ours = rows["run"][rows["method"] == "elalora"]
-    if ours.empty:
-        return {}
-    reference = min(ours, key=lambda title: (-alike[title], len(title)))
-    return {"ElaLoRA and others": [[reference, x] for x in present if x != reference]}
+    ours = rows["method"] == "elalora"
+    found = {}
+    for family, pairs in named.items():
+        run = [pair for pair in pairs if {*pair} <= {*present}]
+        found[f"{family}, {len(run)} of {len(pairs)} named beforehand"] = run
+    if not named and ours.any():
+        asked = [*rows.columns.intersection(["rank", "targets", "set"])]
+        alike = rows.groupby(asked, dropna=False)["run"].transform("size")
+        reference = min(rows["run"][ours & (alike == alike[ours].max())], key=len)
+        found["ElaLoRA and others"] = [[reference, x] for x in present if x != reference]
+    return found
 
 
 # ---- Tables ----
@@ -297,81 +269,69 @@ def digits(std: float) -> int:
 
 
 def mean_std(values: pandas.Series) -> str:
-    """Only the mean if nothing varies."""
-    mean, std = values.mean(), values.std()
+    """Only the mean if nothing varies; how many there are, if some are missing."""
+    mean, std, n = values.mean(), values.std(), values.count()
+    if n == 0:
+        return ""
+    text = f"{mean:,.0f}" if mean == round(mean) else f"{mean:,.4g}"
     if std > 1e-9 * abs(mean):
-        return f"{mean:,.{digits(std)}f} ± {std:,.{digits(std)}f}"
-    return "" if math.isnan(mean) else f"{mean:,.0f}" if mean == round(mean) else f"{mean:,.4g}"
-
-
-def mean_std_n(values: pandas.Series) -> str:
-    """And how many there are, if some are missing."""
-    n = values.count()
-    return f"{mean_std(values)} ({n})" if 0 < n < len(values) else mean_std(values)
+        text = f"{mean:,.{digits(std)}f} ± {std:,.{digits(std)}f}"
+    return text if n == len(values) else f"{text} ({n})"
 
 
 def in_words(x: pandas.Series, shape: str = "") -> str:
     """A difference, by default its mean ± standard deviation with the corrected p."""
-    text = (shape or DIFFERENCE).format(d=digits(x["std"]), **x)
-    return text.replace("(p = nan)", "(not tested)")
+    shape = shape or "{mean:+.{d}f} ± {std:.{d}f} (p = {p:.2g})"
+    return shape.format(d=digits(x["std"]), **x).replace("(p = nan)", "(not tested)")
 
 
 def tables(study: Path, rows: pandas.DataFrame) -> str:
     """What the runs of each task reached, their ranks, and the differences."""
     found = {}
     for task, of_task in rows.groupby("task", sort=False):
-        present = of_task.dropna(axis="columns", how="all").columns.difference(ASKED, sort=False)
-        present = present.drop(["run", "commit"], errors="ignore")
+        measured = of_task.dropna(axis="columns", how="all").columns
+        measured = [*measured.difference([*ASKED, "run", "commit"], sort=False)]
         groups = of_task.groupby("run", sort=False)
-        found[task] = groups[[*present]].agg(mean_std).assign(seeds=groups.size()).T
+        found[task] = groups[measured].agg(mean_std).assign(seeds=groups.size()).T
         for family, pairs in families_of(study, of_task).items():
-            cells = {}
-            for metric in {"loss", present[0], "train_loss"} & {*present}:
+            cells = pandas.DataFrame()
+            for metric in sorted({"loss", measured[0], "train_loss"} & {*measured}):
                 for name, x in differences(of_task, metric, pairs).iterrows():
-                    cells.setdefault(metric, {})[name] = in_words(x)
-            heading = f"{task}, first minus second: {family}"
-            found[heading] = pandas.DataFrame(cells).sort_index(axis="columns")
+                    cells.loc[name, metric] = in_words(x)
+            found[f"{task}, first minus second: {family}"] = cells
     return "\n\n".join(f"## {heading}\n\n{table.to_markdown(disable_numparse=True)}"
                        for heading, table in found.items() if table.size)
 
 
 def papers_table(family: str, runs: list[dict]) -> str:
     """A family's tasks × methods in percent, beside the paper's rows; then, what was not run."""
-    columns, rows = FAMILIES[family].columns, []
-    runs = sorted(runs, key=lambda r: (r["arguments"]["rank"], label(r["arguments"])))
-    for title, r in zip(titles(runs), runs):
-        asked = r["arguments"]
-        own = {name: asked[name] for name in ("rank", "method", "seed")}
-        own["run"] = re.sub(r", rank \d+", "", title)
-        rows.append(own | dict(column="parameters", value=r["adapter_parameters"] / 1e6))
-        rows += [own | dict(column=name, value=100 * r["metrics"][metric])
-                 for name, (task, metric) in columns.items()
-                 if task == asked["task"] and metric in r["metrics"]]
-    wide = pandas.DataFrame(rows).pivot_table(
-        "value", ["rank", "method", "run", "seed"], "column", sort=False)
-    present = [name for name in columns if name in wide]
-    wide["average"] = wide[present].mean(axis="columns", skipna=False)
-    lines = []
-    for (rank, method, run), seeds in wide.groupby(level=[0, 1, 2], sort=False):
-        parameters = f"{seeds['parameters'].mean():.2f} M"
-        cells = seeds[[*present, "average"]].agg(mean_std_n).to_dict()
-        lines.append(dict(rank=rank, run=run, parameters=parameters) | cells)
-        paper = FAMILIES[family].results.get((method, rank))
-        if paper:
-            percent = pandas.Series(paper[1:], [*columns])[present]
-            percent["average"] = percent.mean()
-            name, parameters = f"{METHODS[method]}, the paper", f"{paper[0]:.2f} M"
-            cells = percent.map("{:.2f}".format).to_dict()
-            lines.append(dict(rank=rank, run=name, parameters=parameters) | cells)
+    columns, keys = FAMILIES[family].columns, ["rank", "method", "run", "seed"]
+    rows = frame(runs).assign(run=titles(runs)).replace({"run": r", rank \d+"}, "", regex=True)
+    parameters = rows.groupby(keys[:3])["adapter_parameters"].transform("mean")
+    rows["parameters, M"] = (parameters / 1e6).round(2)
+    for name, (task, metric) in columns.items():
+        if metric in rows:
+            rows[name] = 100 * rows[metric].where(rows["task"] == task)
+    numbers = ["parameters, M", *columns]
+    wide = rows.reindex(columns=keys + numbers).groupby(keys).mean()
+    wide = wide.dropna(axis="columns", how="all")
+    paper = pandas.DataFrame(FAMILIES[family].results, numbers).reindex(wide.columns)
+    wide["average"] = wide.iloc[:, 1:].mean(axis="columns", skipna=False)
+    paper.loc["average"] = paper.iloc[1:].mean()
+    cells = wide.groupby(keys[:3]).agg(mean_std)
     missing: dict[str, list[str]] = {}
-    done = {(x["method"], x["rank"], x["column"]) for x in rows}
-    for method, rank in FAMILIES[family].results:
-        lacking = ", ".join(name for name in columns if (method, rank, name) not in done)
+    for method, rank in paper:
+        done = wide.query("method == @method and rank == @rank").count()
+        if done.any():
+            title = f"{METHODS[method]}, the paper"
+            cells.loc[(rank, method, title), :] = paper[method, rank].map("{:.2f}".format)
+        lacking = ", ".join(name for name in columns if not done.get(name))
         missing.setdefault(lacking, []).append(f"{METHODS[method]} at rank {rank}")
     missing.pop("", None)
     lacking = "; ".join(f"{', '.join(names)}: {tasks}" for tasks, names in missing.items())
-    table = pandas.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
-    return table + f"\n\nNot run: {lacking}." * bool(lacking)
+    table = cells.sort_index().droplevel("method").reset_index()
+    text = table.to_markdown(index=False, disable_numparse=True)
+    return text + f"\n\nNot run: {lacking}." * bool(lacking)
 
 
 def check_page(folder: Path, family: str) -> Path:
@@ -427,10 +387,8 @@ def number(folder: Path, study: str, run: str, metric: str, shape: str = "") -> 
 # ---- The command ----
 def main(argv: list[str]) -> None:
     if argv[:1] == ["pack"] and len(argv) == 3:
-        study = argv[2].removesuffix(".csv")
-        pack(Path(argv[1]), Path(study))
-        argv = [f"{study}.csv"]
-    if argv[:1] == ["fill"]:
+        pack(Path(argv[1]), Path(argv[2].removesuffix(".csv")))
+    elif argv[:1] == ["fill"]:
         for path in map(Path, argv[1:]):
             filled = fill(path.read_text())
             write(path, lambda temporary: temporary.write_text(filled))
