@@ -387,8 +387,10 @@ def number(folder: Path, study: str, run: str, metric: str, shape: str = "") -> 
 # ---- The command ----
 def main(argv: list[str]) -> None:
     if argv[:1] == ["pack"] and len(argv) == 3:
-        pack(Path(argv[1]), Path(argv[2].removesuffix(".csv")))
-    elif argv[:1] == ["fill"]:
+        study = argv[2].removesuffix(".csv")
+        pack(Path(argv[1]), Path(study))
+        argv = [f"{study}.csv"]  # to be printed
+    if argv[:1] == ["fill"]:
         for path in map(Path, argv[1:]):
             filled = fill(path.read_text())
             write(path, lambda temporary: temporary.write_text(filled))
