@@ -377,7 +377,8 @@ def test_the_csv_of_a_study_is_what_its_runs_say(study):
     if study.name not in ("cost", "cuts"):
         made = pandas.read_csv(io.StringIO(report.frame(runs).to_csv(index=False)), dtype=str)
         kept = pandas.read_csv(f"{study}.csv", dtype=str)
-        assert {*kept} - {*made} == {"pruned_again", "score_median"}
+        older = {"pruned_again", "score_median"}  # what studies of older code have as well
+        assert {*kept} - {*made} in (set(), older)
         pandas.testing.assert_frame_equal(made, kept[[*made]])
     assert report.tables(study, pandas.read_csv(f"{study}.csv"))
 
