@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -124,22 +124,20 @@ COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "ranks_moved")
 
 
 @contextmanager
-def tensorboard(folder: Path, config: Config, steps: int) -> Iterator[Callable[[dict], object]]:
-    from torch.utils.tensorboard import SummaryWriter
-    with SummaryWriter(folder, purge_step=steps + 1) as writer:
-        yield lambda row: [writer.add_scalar(name, row[name], row["step"]) for name in COLUMNS[1:]]
-
-
-@contextmanager
-def wandb(folder: Path, config: Config, steps: int) -> Iterator[Callable[[dict], object]]:
-    from wandb import init
-    with init(project="elalora", id=folder.name, dir=folder, config=asdict(config),
-              resume="allow") as run:
-        yield lambda row: run.log(row, step=row["step"])
-
-
-REPORTERS = {None: lambda *run: nullcontext(lambda row: None), "tensorboard": tensorboard,
-             "wandb": wandb}
+def reporter(name: str | None, folder: Path, config: Config, steps: int
+             ) -> Iterator[Callable[[dict], object]]:
+    """Yields what sends a step's values to the library of that name, after so many steps."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        with SummaryWriter(folder, purge_step=steps + 1) as writer:
+            yield lambda row: [writer.add_scalar(x, row[x], row["step"]) for x in COLUMNS[1:]]
+    elif name == "wandb":
+        import wandb
+        with wandb.init(project="elalora", id=folder.name, dir=folder, config=asdict(config),
+                        resume="allow") as run:
+            yield lambda row: run.log(row, step=row["step"])
+    else:
+        yield lambda row: None
 
 
 @contextmanager
@@ -153,7 +151,7 @@ def step_log(folder: Path, config: Config, rows: list[list], report_to: str | No
     folder.mkdir(parents=True, exist_ok=True)
     path, report_to = (folder / "log.csv", report_to) if shared.PROCESS == 0 else (os.devnull, None)
     with (open(path, "w", buffering=1) as file,  # of lines, which survive a kill
-          REPORTERS[report_to](folder, config, len(rows)) as report_step):
+          reporter(report_to, folder, config, len(rows)) as report_step):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([COLUMNS, *rows])
 
