@@ -20,8 +20,7 @@ import elalora
 from experiments import problem as shared
 from experiments import report
 from experiments.methods import Method
-from experiments.problem import (
-    DEVICE, Problem, check_alike, mean_of_processes, seed_of, trained)
+from experiments.problem import DEVICE, Problem, check_alike, mean_of_processes, seed_of, trained
 from experiments.tables import FAMILY_OF, Config, Recipe
 
 
@@ -96,8 +95,7 @@ def train_epoch(problem: Problem, method: Method, epoch: int, log: dict,
         moved += now
         log_step([method.t, *rounded((losses[-1], rate, norm.item()), 6), now])
         if not math.isfinite(losses[-1]):
-            raise ValueError(
-                f"loss {losses[-1]} at step {method.t}: try float32 or another seed")
+            raise ValueError(f"loss {losses[-1]} at step {method.t}: try float32 or another seed")
         if adjustment:
             check_alike(problem.model)
             scores = {name: rounded(S, 3) for name, S in adjustment.scores.items()}
