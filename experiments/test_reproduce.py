@@ -353,7 +353,8 @@ def test_autocast_is_bfloat16_only_on_a_gpu_that_has_it(monkeypatch):
 BAD_ARGUMENTS = {
     "task": (["--task", "wnli"], "invalid choice: 'wnli'"),
     "rank": (["--rank", "0"], "--rank takes integers >= 1"),
-    "rank of planted": (["--rank", "12"], "--rank 12: 2 to 11 leave a choice"),
+    "no choice": (["--rank", "1"], "--rank 1: 2 to 11 leave a choice of where to put the ranks"),
+    "a rank of planted": (["--rank", "12"], "--rank 12: 2 to 11 leave a choice"),
     "epochs": (["--epochs", "0"], "epochs must be a number > 0, got 0"),
     "seeds": (["--seeds", "0", "-1"], "--seeds integers >= 0"),
     "dtype": (["--dtype", "bfloat16"], "--dtype is not for planted: name another --task"),
@@ -405,7 +406,7 @@ HOSTILE = {  # the task, what is done to a copy of the world, the error
               "train: the label is -1, not"),
     "other sizes": ("rte", bad("deberta/config.json", lambda x: x.replace(b": 32", b": 16")),
                     "intermediate.dense.bias has another shape than config.json says"),
-    "a test article": ("xsum", rewrite("xsum/data/test-*", lambda rows: rows.drop(1).reindex(range(7))),
+    "a test article": ("xsum", rewrite("xsum/data/test*", lambda x: x.drop(1).reindex(range(7))),
                        "data, test: the document is missing .row 2 of 7."),
     "no column": ("xsum", rewrite("xsum/data/train-*", lambda rows: rows.drop(columns="summary")),
                   "xsum has no data set that can be read|no column 'summary', only document"),
