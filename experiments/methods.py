@@ -19,6 +19,7 @@ from experiments.tables import Config, Recipe
 NOISE = (  # warnings that PEFT causes, by how they begin
     "`is_gradient_checkpointing` is deprecated",  # it asks transformers for it
     "The following rank_pattern keys",  # of AdaLoRA's own
+    "Adapter 'default'",  # of AdaLoRA's ranks of 0
 )
 
 
