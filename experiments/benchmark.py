@@ -1,21 +1,15 @@
-"""What a training step costs, beside PEFT's LoRA and AdaLoRA and the frozen model's passes.
+"""What a training step costs, as a ratio to a step of PEFT's LoRA.
 
-    python -m experiments.benchmark                 # DeBERTaV3-base's size, random weights, texts
-    python -m experiments.benchmark --model FOLDER  # another encoder
-    python -m experiments.benchmark --task cifar    # batches and model of a task
+    python -m experiments.benchmark --rank 4
 
-Every round is a step of each method on the same batch, in random order. A ratio is of two steps of
-one round, so that a machine that slows down for a while slows both.
+The model has DeBERTaV3-base's size and random weights. Every round is a step of each method on the
+same batch of random tokens, in random order. A ratio is of two steps of one round, so that a
+machine that slows down for a while slows both. (`reproduce.py --dry-run` times a step on a task.)
 """
 
 import argparse
-import itertools
-import json
 import random
-import shlex
-import sys
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pandas
 import torch.utils.benchmark
@@ -23,30 +17,28 @@ import tqdm
 import transformers
 from torch import nn
 
-from experiments import glue, report
-from experiments.data import check_files, matrices, with_new_head
+from experiments import glue
+from experiments.data import matrices
 from experiments.methods import METHODS
-from experiments.problem import DEVICE, Problem, autocast, commit, versions
-from experiments.tables import FAMILIES, FAMILY_OF, Config, Recipe, recipe_of
-from experiments.training import make_problem, train_step
+from experiments.problem import DEVICE, Problem, autocast, best_dtype, commit, versions
+from experiments.tables import Config, Recipe
+from experiments.training import train_step
 
 ROUNDS, WARM_UP, TEXTS, TOKENS = 40, 5, 8, 128
 STEP = Recipe(TEXTS, 1e-4, 1, 0, 0, 5, 4, 1, shape="constant")  # every fifth step moves 4 ranks
+ENCODER = dict(
+    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+    relative_attention=True, position_buckets=256, pos_att_type=["p2c", "c2p"],
+    share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False)
 timer = torch.utils.benchmark.timer  # waits for the GPU
 
 
-def random_tokens(config: Config, recipe: Recipe) -> Problem:
-    """Texts of one length for an encoder, of random weights if the run names none."""
-    if config.model:
-        model = with_new_head(transformers.AutoModelForSequenceClassification, config.model, 2)
-    else:
-        model = transformers.DebertaV2ForSequenceClassification(transformers.DebertaV2Config(
-            hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-            relative_attention=True, position_buckets=256, pos_att_type=["p2c", "c2p"],
-            share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False))
+def random_tokens(config: Config) -> Problem:
+    """Texts of one length for an encoder of random weights."""
+    encoder = transformers.DebertaV2Config(**ENCODER)
+    model = transformers.DebertaV2ForSequenceClassification(encoder).to(DEVICE)
     targets = matrices(model, glue.adapted_kinds(model), config)
-    model.to(DEVICE)
-    ids = torch.randint(5, model.config.vocab_size, (ROUNDS, TEXTS, TOKENS)).to(DEVICE)
+    ids = torch.randint(5, encoder.vocab_size, (ROUNDS, TEXTS, TOKENS)).to(DEVICE)
     batches = [dict(input_ids=x, labels=x[:, 0] % 2) for x in ids]
 
     def loss(model: nn.Module, batch: dict) -> torch.Tensor:
@@ -57,16 +49,16 @@ def random_tokens(config: Config, recipe: Recipe) -> Problem:
                    lambda last: {})
 
 
-def measure(problems: dict[str, Problem], config: Config) -> pandas.DataFrame:
+def measure(config: Config) -> pandas.DataFrame:
     """Milliseconds of a step: a row a round after the warm-up, a column a method."""
-    methods = {}
-    for name, problem in problems.items():
-        problem.steps_per_epoch = ROUNDS
-        methods[name] = METHODS[name](problem, replace(config, method=name), STEP)
-        problem.model.train()
-    batches = itertools.cycle(next(iter(problems.values())).batches(1))
+    problems, methods = {}, {}
+    for name in METHODS:
+        transformers.set_seed(config.seed)
+        problems[name] = random_tokens(config)
+        methods[name] = METHODS[name](problems[name], replace(config, method=name), STEP, {})
+        problems[name].model.train()
     rows = []
-    for _, batch in zip(tqdm.trange(ROUNDS), batches):
+    for batch in tqdm.tqdm(problems["lora"].batches(1)):
         row = {}
         for name in random.sample([*methods], len(methods)):
             start = timer()
@@ -76,53 +68,24 @@ def measure(problems: dict[str, Problem], config: Config) -> pandas.DataFrame:
     return pandas.DataFrame(rows, columns=[*methods])[WARM_UP:]
 
 
-def benchmark(config: Config, folder: Path) -> str:
-    """Measures, writes results.json, returns a table."""
-    make, recipe, problems = random_tokens, STEP, {}
-    if config.task:
-        make, recipe = make_problem, recipe_of(config)
-    for name in METHODS:
-        transformers.set_seed(config.seed)
-        problems[name] = make(config, recipe)
-    ms = measure(problems, config)
-    ratios = ms.div(ms["frozen"], axis="index").quantile([0.25, 0.5, 0.75]).T
-    results = dict(
-        arguments=asdict(config), ms=ms.median().to_dict(), rounds=len(ms),
-        ratios_to_frozen={name: quartiles.tolist() for name, quartiles in ratios.iterrows()},
-        texts=TEXTS, tokens=TOKENS, recipe=asdict(STEP), versions=versions(), commit=commit(),
-        command=shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]))
-    content = json.dumps(results, indent=1)
-    report.write(folder / "results.json", lambda path: path.write_text(content))
-    ratios.columns = [f"step / passes alone, {name}" for name in ("1st quartile", "median", "3rd")]
-    return ratios.assign(**{"median ms": ms.median()}).to_markdown(floatfmt=".3f")
+def table(ms: pandas.DataFrame) -> str:
+    """A row a method, from what measure() returns."""
+    rows = ms.div(ms["lora"], axis="index").quantile([0.25, 0.5, 0.75]).T
+    rows.columns = [f"step / LoRA's, {name}" for name in ("1st quartile", "median", "3rd")]
+    return rows.assign(**{"median ms": ms.median()}).to_markdown(floatfmt=".3f")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="experiments.benchmark", description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_argument
-    tasks = [task for family in FAMILIES.values() if family.model for task in family.tasks]
-    add("--task", choices=tasks, metavar="TASK", help="default: random tokens for an encoder")
-    add("--model", help="hub id or folder; default: the task's, or random weights")
-    add("--data-dir", help="as reproduce.py's")
-    add("--rank", type=int, default=4, help="default: 4")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    add("--output-dir", default="runs", help="default: runs")
-    args = parser.parse_args(argv)
-    if args.task:
-        args.model = args.model or FAMILIES[FAMILY_OF[args.task]].model
-    name = Path(args.model or "deberta-v3-base").name
-    folder = Path(args.output_dir, f"benchmark-{args.task or 'random'}-{name}-r{args.rank}")
-    config = Config(args.task, "elalora", args.rank, 0, model=args.model, data_dir=args.data_dir,
-                    dtype=args.dtype)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    parser.add_argument("--rank", type=int, default=4, help="default: 4")
+    rank = parser.parse_args(argv).rank
     try:
-        check_files(args.model, args.data_dir, [folder])
-        print(f"{benchmark(config, folder)}\n\nwritten: {folder}")
-    except (ValueError, OSError) as error:
-        parser.error(str(error).strip().splitlines()[0])
+        ms = measure(Config("random tokens", "lora", rank, 0, dtype=best_dtype()))
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{table(ms)}\n\nrank {rank}, {best_dtype()}, {versions()}, {commit()}")
 
 
 if __name__ == "__main__":

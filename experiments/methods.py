@@ -13,26 +13,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import elalora
-from experiments import report
 from experiments.problem import DEVICE, Problem, trained
 from experiments.tables import Config, Recipe
-
 
 NOISE = (  # warnings that PEFT causes, by how they begin
     "`is_gradient_checkpointing` is deprecated",  # it asks transformers for it
     "The following rank_pattern keys",  # of AdaLoRA's own
+    "Adapter 'default'",  # of AdaLoRA's ranks of 0
 )
 
 
 class Method:
-    """What the loop calls. Here no rank is adapted: only the problem's heads train, which is the
-    benchmark's floor. Raises ValueError if the schedule or the ranks do not fit."""
+    """What the loop calls. Raises ValueError if the schedule or the ranks do not fit."""
     singular_values = ""  # how the names of such parameters end
     moves_ranks = True  # False: b = 0
 
-    def __init__(self, problem: Problem, config: Config, recipe: Recipe,
-                 ranks: dict[str, int] | None = None):
-        """ranks: module -> its first rank; by default config.rank for every module."""
+    def __init__(self, problem: Problem, config: Config, recipe: Recipe, ranks: dict[str, int]):
+        """ranks: module -> its first rank; {}: config.rank for every module."""
         self.problem, self.config, self.recipe = problem, config, recipe
         total = recipe.epochs * problem.steps_per_epoch
         b = recipe.b if self.moves_ranks else 0
@@ -55,11 +52,6 @@ class Method:
 
     def adapt(self, ranks: dict[str, int]) -> None:
         """Puts adapters into the problem's model, and freezes the rest but for its heads."""
-        for name, w in self.problem.model.named_parameters():
-            w.requires_grad_(not {*name.split(".")}.isdisjoint(self.problem.heads))
-        for name in self.problem.targets:  # gradients go back to all that others adapt
-            self.problem.model.get_submodule(name).register_forward_hook(
-                lambda module, inputs, y: None if y.requires_grad else y.requires_grad_())
 
     def penalty(self) -> Tensor | None:
         """What is added to the loss, weighted; a scalar."""
@@ -98,8 +90,7 @@ class ElaLoRA(Method):
     """The paper's method, by elalora.py."""
     singular_values = ".Lambda"
 
-    def __init__(self, problem: Problem, config: Config, recipe: Recipe,
-                 ranks: dict[str, int] | None = None):
+    def __init__(self, problem: Problem, config: Config, recipe: Recipe, ranks: dict[str, int]):
         super().__init__(problem, config, recipe, ranks)
         self.allocator = elalora.RankAllocator(
             problem.model, self.optimizer, self.schedule, recipe.k, recipe.beta1, recipe.beta2,
@@ -122,10 +113,9 @@ class ElaLoRA(Method):
         return self.allocator.importance()
 
     def export(self, folder: Path) -> None:
-        name = self.config.model or self.config.task
-        elalora.export_peft(self.problem.model, folder / "peft", name)
-        adapter = elalora.adapter_state_dict(self.problem.model)
-        report.write(folder / "adapter.safetensors", lambda path: save_file(adapter, path))
+        model = self.problem.model
+        elalora.export_peft(model, folder / "peft", self.config.model or self.config.task)
+        save_file(elalora.adapter_state_dict(model), folder / "adapter.safetensors")
 
 
 class EvenRanks(ElaLoRA):
@@ -159,6 +149,7 @@ class AdaLoRA(LoRA):
 
     def adapt(self, ranks: dict[str, int]) -> None:
         super().adapt(ranks)
+        self.peft_config = self.adapted.peft_config["default"]
         self.allocator = self.adapted.base_model.rankallocator
         self.allocator.reset_ipt = lambda: None  # the last scores are kept, as ElaLoRA's are
 
@@ -188,7 +179,7 @@ class AdaLoRA(LoRA):
 
     def kept(self) -> dict[str, list[bool]]:
         """Which ranks have not been pruned so far."""
-        pattern = self.adapted.peft_config["default"].rank_pattern or {}
+        pattern = self.peft_config.rank_pattern or {}
         return {name: pattern.get(f"{name}.lora_E.default", [True] * layer.r["default"])
                 for name, layer in self.layers.items()}
 
@@ -205,20 +196,19 @@ class AdaLoRA(LoRA):
         return scores
 
     def state_dict(self) -> dict:
-        return {
-            "averages": {name: getattr(self.allocator, name) for name in self.averages},
-            "rank_pattern": self.adapted.peft_config["default"].rank_pattern}
+        averages = {name: getattr(self.allocator, name) for name in self.averages}
+        return dict(averages=averages, rank_pattern=self.peft_config.rank_pattern)
 
     def load_state_dict(self, state: dict) -> None:
         for name, tensors in state["averages"].items():
             on_device = {parameter: x.to(DEVICE) for parameter, x in tensors.items()}
             setattr(self.allocator, name, on_device)
-        self.adapted.peft_config["default"].rank_pattern = state["rank_pattern"]
+        self.peft_config.rank_pattern = state["rank_pattern"]
 
     def export(self, folder: Path) -> None:
-        pattern = self.adapted.peft_config["default"].rank_pattern
+        pattern = self.peft_config.rank_pattern
         super().export(folder)
-        self.adapted.peft_config["default"].rank_pattern = pattern  # PEFT renamed its keys
+        self.peft_config.rank_pattern = pattern  # PEFT renamed its keys
 
 
-METHODS = {"elalora": ElaLoRA, "svd": EvenRanks, "lora": LoRA, "adalora": AdaLoRA, "frozen": Method}
+METHODS = {"elalora": ElaLoRA, "svd": EvenRanks, "lora": LoRA, "adalora": AdaLoRA}

@@ -90,9 +90,9 @@ def problem(config: Config, recipe: Recipe) -> Problem:
     def note(metrics: dict[str, float]) -> str:
         if "gap_closed" not in metrics:
             return ""
-        return (f"It closed {metrics['gap_closed']:.0%} of the gap between the best even ranks "
-                f"(residual {even:.3f}) and the best ranks of all ({best:.3f}): ranks.png shows "
-                "where ranks were planted and found.")
+        return (f"It closed {metrics['gap_closed']:z.0%} of the gap between the best even ranks "
+                f"(residual {even:.3f}) and the best ranks of at least 1 ({best:.3f}): ranks.png "
+                "shows where ranks were planted and found.")
 
     return Problem(model, targets, [], STEPS_PER_EPOCH, batches, loss, evaluate,
                    planted_ranks=PLANTED, note=note)

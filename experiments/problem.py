@@ -1,6 +1,7 @@
 """What an experiment is: its problem, the device, seeds, and the processes that share it."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -73,11 +74,10 @@ def mean_of_processes(x: Tensor) -> Tensor:
 def check_alike(model: nn.Module) -> None:
     """Raises RuntimeError if the trained weights of two processes differ in a bit, by sums."""
     if PROCESSES > 1:
-        sums = [w.detach().view(torch.int32).sum() + w.numel() for w in trained(model).values()]
-        own = torch.stack([*sums, *(-x for x in sums)])
-        highest = own.clone()
-        distributed.all_reduce(highest, distributed.ReduceOp.MAX)
-        if not torch.equal(own, highest):  # equal: x is the highest, and -x, so x is the lowest too
+        bits = [w.detach().view(torch.int32) for w in trained(model).values()]
+        own, found = [(x.shape, x.sum().item()) for x in bits], [None] * PROCESSES
+        distributed.all_gather_object(found, own)
+        if any(sums != own for sums in found):
             raise RuntimeError("the weights of the processes differ, they train different models")
 
 
@@ -91,11 +91,8 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """The git commit of this code, "+changes" if files differ from it; None without git."""
     root = Path(__file__).parents[1]
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*",
-               "--dirty=+changes"]
-    if not (root / ".git").exists():  # else git would look in the folders above
+    if not (root / ".git").exists() or not shutil.which("git"):  # git looks in the folders above
         return None
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    return found.stdout.strip() or None

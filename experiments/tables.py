@@ -36,7 +36,7 @@ class Config:
 class Recipe:
     """A row of Table 7, 8 or 10 at one rank, then what these tables leave open.
 
-    Raises ValueError for a value that is out of range, unless elalora.py checks it.
+    Raises ValueError for a value that is out of range, unless what it is for checks it.
     """
     batch_size: int
     learning_rate: float
@@ -53,7 +53,7 @@ class Recipe:
     lambda_rate: float = 1.0  # the learning rate of singular values / that of the rest
     init_ratio: float = 1.5  # AdaLoRA's first rank / its last
     shape: str = "cubic"  # of b over time
-    lr_scheduler: str = "linear"
+    lr_scheduler: str = "linear"  # or "cosine", "constant_with_warmup": transformers' names
     examples: int = 0  # train on so many, at random but alike for every seed; 0: on all
 
     def __post_init__(self) -> None:
@@ -62,12 +62,9 @@ class Recipe:
             value, zero = getattr(self, name), name in ("gamma", "examples")
             if not (0 < value < math.inf or zero and value == 0):
                 raise ValueError(f"{name} must be a number >{'=' * zero} 0, got {value!r}")
-        right = ("linear", "cosine", "constant_with_warmup")
-        if self.lr_scheduler not in right:
-            raise ValueError(f"lr_scheduler must be one of {right}, got {self.lr_scheduler!r}")
 
 
-SETTINGS = [f.name for f in fields(Recipe) if f.name != "epochs"]
+SETTINGS = {f.name: f.type for f in fields(Recipe) if f.name != "epochs"}
 
 
 class Task(NamedTuple):
@@ -84,16 +81,7 @@ class Family(NamedTuple):
     results: dict[tuple[str, int], Sequence[float]]  # method, rank -> parameters, then the columns
 
 
-def row(ranks: Sequence[int], examples: int, *numbers: float | Sequence[int]) -> Task:
-    """A row that ends in b and k, by rank."""
-    *shared, b, k = numbers
-    by_rank = zip(ranks, b, k, strict=True)
-    return Task(examples, {rank: Recipe(*shared, *rest) for rank, *rest in by_rank})
-
-
-# Training examples, batch size, learning rate, epochs, warm-up, stabilization, interval; then, for
-# ranks 2, 4 and 10: b and k
-TABLE_7 = {
+TABLE_7 = {  # training examples, then as Recipe; b and k for ranks 2, 4 and 10
     "mnli": (392_702, 64, 5e-4, 5, 5000, 10000, 500, (1, 2, 4), (1, 1, 2)),
     "sst2": (67_349, 64, 8e-4, 20, 3000, 10000, 500, (1, 2, 4), (1, 1, 2)),
     "cola": (8_551, 64, 8e-4, 20, 300, 1500, 50, (1, 2, 4), (1, 1, 2)),
@@ -131,28 +119,38 @@ TABLE_4 = {
     ("elalora", 8): (1.19, 61.25, 74.60, 94.26, 80.71, 39.2, 39.30),
 }
 METRICS = {"cola": "matthews", "stsb": "pearson"}  # where Table 2 has not the accuracy
+
+
+def glue_task(examples: int, *numbers: float | Sequence[int]) -> Task:
+    """From a row of Table 7."""
+    *shared, b, k = numbers
+    return Task(examples, {
+        rank: Recipe(*shared, *b_and_k) for rank, *b_and_k in zip((2, 4, 10), b, k)})
+
+
 FAMILIES = {
     "planted": Family(None, {  # ours
         "planted": Task(3_200, {4: Recipe(32, 4e-2, 10, 100, 300, 20, 6, 1)})},
         {"residual": ("planted", "residual")}, {}),
     "glue": Family("microsoft/deberta-v3-base", {
-        task: row((2, 4, 10), *numbers) for task, numbers in TABLE_7.items()},
+        task: glue_task(*row) for task, row in TABLE_7.items()},
         {task: (task, METRICS.get(task, "accuracy")) for task in TABLE_7}, TABLE_2),
     "xsum": Family("facebook/bart-base", {"xsum": Task(204_045, TABLE_8)},
         {metric: ("xsum", metric) for metric in ("rouge1", "rouge2", "rougeL")}, TABLE_3),
     "vtab": Family("google/vit-base-patch16-224-in21k", {
-        task: row([8], 800, 16, 1e-3, 100, 500, 1500, 200, [b], [k])
+        task: Task(800, {8: Recipe(16, 1e-3, 100, 500, 1500, 200, b, k)})
         for task, (b, k) in TABLE_10.items()},
         {task: (task, "accuracy") for task in [*TABLE_10][:6]}, TABLE_4),
 }
 FAMILIES["glue"].tasks["sst2_heldout"] = FAMILIES["glue"].tasks["sst2"]  # evaluated on other data
 FAMILY_OF = {task: name for name, family in FAMILIES.items() for task in family.tasks}
+PAPERS_TASKS = {
+    task for family in FAMILIES.values() if family.results for task, _ in family.columns.values()}
 
 
 # ---- The settings of a run ----
 def settings_of(words: Sequence[str]) -> dict[str, int | float | str]:
     """Settings by name, sorted, from words NAME=VALUE. ValueError for others, and for repeats."""
-    kinds = {f.name: f.type for f in fields(Recipe)}
     found = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -161,7 +159,7 @@ def settings_of(words: Sequence[str]) -> dict[str, int | float | str]:
         if name in found:
             raise ValueError(f"--set {word}: {name} is set twice")
         try:
-            found[name] = kinds[name](text)
+            found[name] = SETTINGS[name](text)
         except ValueError as error:
             raise ValueError(f"--set {word}: {error}") from None
     return dict(sorted(found.items()))
@@ -181,8 +179,8 @@ def recipe_of(config: Config) -> Recipe:
     Raises ValueError if a setting is unknown or out of its range.
     """
     recipe, _ = papers_run(config)
-    recipe = replace(recipe, **settings_of(config.set))
-    return recipe if config.epochs is None else replace(recipe, epochs=config.epochs)
+    epochs = recipe.epochs if config.epochs is None else config.epochs
+    return replace(recipe, epochs=epochs, **settings_of(config.set))
 
 
 def fit_phases(recipe: Recipe, config: Config, total_steps: int) -> Recipe:

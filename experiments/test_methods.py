@@ -3,9 +3,7 @@
 Oracles are independent: the base model, a run that was not interrupted, PEFT, NumPy.
 """
 
-import copy
 import functools
-from dataclasses import replace
 
 import numpy as np
 import peft
@@ -17,7 +15,7 @@ from torch import nn
 from elalora import RankSchedule, adapter_state_dict, orthogonality_penalty
 from experiments import benchmark, tables
 from experiments.conftest import (
-    FAMILY_TASKS, array, config_of, end_of, make, make_problem, weights_of,
+    DEBERTA, FAMILY_TASKS, array, config_of, end_of, make, make_problem, weights_of,
 )  # fmt: skip
 from experiments.methods import METHODS
 from experiments.problem import trained
@@ -31,15 +29,11 @@ def whole(world, tmp_path_factory):
     @functools.cache
     def run(task, method):
         folder = tmp_path_factory.mktemp("whole")
-        problem, found, log = end_of(config_of(world, task, method), folder / "checkpoint.pt")
-        found.export(folder)
-        return problem, found, log, folder
+        made = end_of(config_of(world, task, method), folder / "checkpoint.pt")
+        made[1].export(folder)
+        return *made, folder
 
     return run
-
-
-def layers_of(model):
-    return {name: m for name, m in model.named_modules() if hasattr(m, "base_layer")}
 
 
 def scale_of(method, layer):
@@ -61,8 +55,7 @@ class TestEveryMethodOnEveryFamily:
         base = make_problem(config, found.recipe)
         base.model.eval()
         assert problem.evaluate(False) == pytest.approx(base.evaluate(False), rel=1e-5)
-        layers = layers_of(problem.model)
-        layers = {name: m for name, m in layers.items() if "modules_to_save" not in name}
+        layers = {name: m for name, m in problem.model.named_modules() if hasattr(m, "base_layer")}
         assert found.ranks().keys() == {*problem.targets} == {
             name.removeprefix("base_model.model.") for name in layers}
         for layer in layers.values():
@@ -92,49 +85,52 @@ class TestEveryMethodOnEveryFamily:
         problem, found, log, _ = whole(task, method)
         again, other, other_log = end_of(
             config_of(world, task, method), tmp_path / "checkpoint.pt", stop=3)
-        expected, got = weights_of(problem), weights_of(again)
-        assert expected.keys() == got.keys()
-        assert all(torch.equal(expected[name], got[name]) for name in expected)
+        torch.testing.assert_close(weights_of(again), weights_of(problem), rtol=0, atol=0)
         assert other.ranks() == found.ranks()
         assert other_log | {"seconds": 0} == log | {"seconds": 0}
 
     def test_exports_what_peft_loads(self, task, method, world, whole):
         """On a fresh base PEFT gives the run's metrics; weights are counted as they are."""
         problem, found, log, folder = whole(task, method)
-        config = config_of(world, task, method)
-        torch.manual_seed(config.seed)
-        base = make_problem(config, found.recipe)
+        torch.manual_seed(found.config.seed)
+        base = make_problem(found.config, found.recipe)
         before = base.evaluate(True)
         loaded = peft.PeftModel.from_pretrained(base.model, folder / "peft").eval()
         assert loaded.base_model.model is base.model
         metrics = log["history"][-1]["metrics"]
         assert base.evaluate(True) == pytest.approx(metrics, rel=1e-4, abs=1e-4)
         assert before != pytest.approx(metrics, rel=1e-3)
-        weights = load_file(folder / "peft/adapter_model.safetensors")  # AdaLoRA's without pruned
-        if method in ("elalora", "svd"):  # of which PEFT's file is padded to one rank
-            weights = weights_of(problem)
+        files = [*folder.glob("adapter.safetensors"), folder / "peft/adapter_model.safetensors"]
+        weights = load_file(files[0])  # PEFT's is padded to one rank, but AdaLoRA's, without pruned
         kinds = (".lora_A", ".lora_B", ".lora_E", ".P", ".Lambda", ".Q")
         sizes = [w.numel() for name, w in weights.items() if any(kind in name for kind in kinds)]
         assert found.parameters() == sum(sizes)
 
 
 # ---- The loop and the recipe ----
-def tokens(world, method="elalora", **settings):
-    """A problem of random tokens, and a method of 20 steps, the last two without moves."""
-    recipe = tables.Recipe(8, 1e-2, 1, 2, 2, 4, 4, 1, **settings)
-    config = config_of(world, "rte", method, rank=2)
-    torch.manual_seed(0)
-    problem = benchmark.random_tokens(config, recipe)
-    problem.steps_per_epoch = 20
-    return problem, METHODS[method](problem, config, recipe)
+@pytest.fixture
+def tokens(monkeypatch):
+    """A function that makes a problem of random tokens, and a method of 20 steps, the last two
+    without moves."""
+    monkeypatch.setattr(benchmark, "ENCODER", DEBERTA | dict(model_type=None))
+
+    def make(method="elalora", **settings):
+        torch.manual_seed(0)
+        config = tables.Config("rte", method, rank=2, seed=0)
+        problem = benchmark.random_tokens(config)
+        problem.steps_per_epoch = 20
+        recipe = tables.Recipe(8, 1e-2, 1, 2, 2, 4, 4, 1, **settings)
+        return problem, METHODS[method](problem, config, recipe, {})
+
+    return make
 
 
-def test_a_step_of_training_is_algorithm_1s(world, monkeypatch):
+def test_a_step_of_training_is_algorithm_1s(tokens, monkeypatch):
     """Weights, scores and adjustments are those of the plain loop that the README shows."""
     monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)  # Adam would blow up roundings
     ends = []
     for plain in (False, True):
-        problem, method = tokens(world)
+        problem, method = tokens()
         generator = torch.Generator().manual_seed(2)
         for name, w in trained(problem.model).items():  # in the middle of training: nothing is 0
             if name.endswith((".P", ".Lambda", ".Q")):
@@ -174,15 +170,10 @@ def test_the_recipe_reaches_the_allocator(world, monkeypatch):
 def test_the_learning_rate_rises_for_a_tenth_and_then_does_as_named(name, world):
     """After that it falls to 0, in a line or a half cosine, or it stays."""
     _, method = make(config_of(world, "planted", settings=[f"lr_scheduler={name}"]))
-    rates = []
-    for _ in range(40):
-        rates.append(method.scheduler.get_last_lr()[0] / 0.02)
-        method.optimizer.step()
-        method.scheduler.step()
-    progress = np.arange(36) / 36
+    (rate, *_), progress = method.scheduler.lr_lambdas, np.arange(36) / 36
     falls = dict(linear=1 - progress, cosine=(1 + np.cos(np.pi * progress)) / 2)
     expected = [*np.arange(4) / 4, *falls.get(name, np.ones(36))]
-    np.testing.assert_allclose(rates, expected, atol=1e-12)
+    np.testing.assert_allclose([rate(step) for step in range(40)], expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["elalora", "adalora"])
@@ -190,21 +181,20 @@ def test_lambda_rate_multiplies_the_rate_of_singular_values_alone(method, world)
     """Adam's first step is one learning rate long: lambda_rate of them for singular values."""
     problem, found = make(config_of(world, "planted", method, ["lambda_rate=7"]))
     weights = trained(problem.model)
-    singular = {name for name in weights if name.endswith((".Lambda", ".lora_E.default"))}
-    assert len(singular) == 12
-    before = {name: nn.init.ones_(w).detach().clone() for name, w in weights.items()}
+    for w in weights.values():
+        nn.init.ones_(w)
     for group in found.optimizer.param_groups:
         group["lr"] = group["initial_lr"]  # else 0 at the start of the warm-up
     train_step(problem, next(iter(problem.batches(1))), found)
     for name, w in weights.items():
-        change = (w - before[name]).abs().max().item()
-        assert change == pytest.approx((7 if name in singular else 1) * 2e-2, rel=1e-3)
+        rate = 7 if name.endswith((".Lambda", ".lora_E.default")) else 1
+        assert (w - 1).abs().max().item() == pytest.approx(rate * 2e-2, rel=1e-3)
 
 
-# ---- AdaLoRA, and the benchmark's floor ----
-def test_adaloras_penalty_is_pefts(world):
+# ---- AdaLoRA ----
+def test_adaloras_penalty_is_pefts(tokens):
     """What PEFT's own model adds to the loss: gamma times the mean over 2N of |A A' - I|."""
-    problem, method = tokens(world, "adalora")
+    problem, method = tokens("adalora")
     model, batch = problem.model.eval(), problem.batches(1)[0]
     norms = []
     for name, w in model.named_parameters():
@@ -218,9 +208,9 @@ def test_adaloras_penalty_is_pefts(world):
 
 
 @pytest.mark.parametrize("ratio, start", [(1.5, 3), (3.0, 6)])
-def test_adalora_starts_at_a_multiple_of_the_rank(ratio, start, world):
+def test_adalora_starts_at_a_multiple_of_the_rank(ratio, start, tokens):
     """And ends, once its search is over, at the rank of the others."""
-    problem, method = tokens(world, "adalora", init_ratio=ratio)
+    problem, method = tokens("adalora", init_ratio=ratio)
     E = [w for name, w in problem.model.named_parameters() if "lora_E" in name]
     assert sum(w.numel() for w in E) == 12 * start
     for _, batch in zip(range(20), problem.batches(1)):
@@ -247,20 +237,3 @@ def test_a_beta_of_1_is_refused_by_every_method_that_has_one(name, world):
     for method in ("elalora", "adalora"):
         with pytest.raises(ValueError, match="1.0"):
             make(config_of(world, "planted", method, [f"{name}=1"]))
-
-
-@pytest.mark.parametrize("task", ["rte", "xsum", "cifar"])
-def test_the_frozen_floor_goes_back_to_every_target_and_trains_the_head_alone(task, world):
-    """Gradients reach the outputs of all that others adapt, but no base weight."""
-    problem, method = make(replace(config_of(world, task), method="frozen"))
-    reached = set()
-    for name in problem.targets:
-        layer = problem.model.get_submodule(name)
-        layer.register_forward_hook(
-            lambda m, x, y, name=name: y.register_hook(lambda g: reached.add(name)) and None)
-    before = copy.deepcopy(problem.model.state_dict())
-    for _, batch in zip(range(3), problem.batches(1)):  # the first at a learning rate of 0
-        train_step(problem, batch, method)
-    assert reached == {*problem.targets}
-    moved = {k for k, v in problem.model.state_dict().items() if not torch.equal(v, before[k])}
-    assert {name.split(".")[0] for name in moved} == {*problem.heads}

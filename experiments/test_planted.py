@@ -9,7 +9,7 @@ import torch
 from experiments import planted
 from experiments import problem as shared
 from experiments.conftest import array, config_of, make, make_problem
-from experiments.tables import Config, recipe_of
+from experiments.tables import recipe_of
 
 
 @pytest.mark.parametrize("names", ["abc", "ac", "b"])
@@ -47,14 +47,6 @@ def test_what_is_planted_has_the_ranks_and_singular_values_of_the_bounds(problem
         expected = np.zeros(planted.WIDTH)
         expected[:rank] = np.linspace(1, 0.5, rank)
         np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_ranks_that_leave_no_choice_are_refused():
-    """All matrices have to keep one, and none has more than 12 planted."""
-    for rank in (1, 12):
-        config = Config("planted", "elalora", rank, 0)
-        with pytest.raises(ValueError, match=f"--rank {rank}: 2 to 11 leave a choice"):
-            planted.problem(config, recipe_of(config))
 
 
 def test_the_bounds_are_those_of_the_targets(world):

@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,8 +20,7 @@ import elalora
 from experiments import problem as shared
 from experiments import report
 from experiments.methods import Method
-from experiments.problem import (
-    DEVICE, Problem, check_alike, mean_of_processes, seed_of, trained)
+from experiments.problem import DEVICE, Problem, check_alike, mean_of_processes, seed_of, trained
 from experiments.tables import FAMILY_OF, Config, Recipe
 
 
@@ -96,8 +95,7 @@ def train_epoch(problem: Problem, method: Method, epoch: int, log: dict,
         moved += now
         log_step([method.t, *rounded((losses[-1], rate, norm.item()), 6), now])
         if not math.isfinite(losses[-1]):
-            raise ValueError(
-                f"loss {losses[-1]} at step {method.t}: try float32 or another seed")
+            raise ValueError(f"loss {losses[-1]} at step {method.t}: try float32 or another seed")
         if adjustment:
             check_alike(problem.model)
             scores = {name: rounded(S, 3) for name, S in adjustment.scores.items()}
@@ -124,22 +122,20 @@ COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "ranks_moved")
 
 
 @contextmanager
-def tensorboard(folder: Path, config: Config, steps: int) -> Iterator[Callable[[dict], object]]:
-    from torch.utils.tensorboard import SummaryWriter
-    with SummaryWriter(folder, purge_step=steps + 1) as writer:
-        yield lambda row: [writer.add_scalar(name, row[name], row["step"]) for name in COLUMNS[1:]]
-
-
-@contextmanager
-def wandb(folder: Path, config: Config, steps: int) -> Iterator[Callable[[dict], object]]:
-    from wandb import init
-    with init(project="elalora", id=folder.name, dir=folder, config=asdict(config),
-              resume="allow") as run:
-        yield lambda row: run.log(row, step=row["step"])
-
-
-REPORTERS = {None: lambda *run: nullcontext(lambda row: None), "tensorboard": tensorboard,
-             "wandb": wandb}
+def reporter(name: str | None, folder: Path, config: Config, steps: int
+             ) -> Iterator[Callable[[dict], object]]:
+    """Yields what sends a step's values to the library of that name, after so many steps."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        with SummaryWriter(folder, purge_step=steps + 1) as writer:
+            yield lambda row: [writer.add_scalar(x, row[x], row["step"]) for x in COLUMNS[1:]]
+    elif name == "wandb":
+        import wandb
+        with wandb.init(project="elalora", id=folder.name, dir=folder, config=asdict(config),
+                        resume="allow") as run:
+            yield lambda row: run.log(row, step=row["step"])
+    else:
+        yield lambda row: None
 
 
 @contextmanager
@@ -153,7 +149,7 @@ def step_log(folder: Path, config: Config, rows: list[list], report_to: str | No
     folder.mkdir(parents=True, exist_ok=True)
     path, report_to = (folder / "log.csv", report_to) if shared.PROCESS == 0 else (os.devnull, None)
     with (open(path, "w", buffering=1) as file,  # of lines, which survive a kill
-          REPORTERS[report_to](folder, config, len(rows)) as report_step):
+          reporter(report_to, folder, config, len(rows)) as report_step):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([COLUMNS, *rows])
 
