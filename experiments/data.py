@@ -189,7 +189,8 @@ def epoch_batches(rows: Sized, batch_size: int, config: Config, epoch: int,
     seed, count = seed_of(config, epoch), shared.PROCESSES
     sampler = DistributedSampler(rows, count, shared.PROCESS, seed=seed)
     collate = chunks if pad else None
-    return DataLoader(rows, batch_size // count, sampler=sampler, collate_fn=collate)
+    return DataLoader(rows, batch_size // count, sampler=sampler, collate_fn=collate,
+                      pin_memory=DEVICE == "cuda" and collate is None)
 
 
 def mean_loss(model: nn.Module, chunks: list[dict], config: Config) -> Tensor:

@@ -369,6 +369,8 @@ HOSTILE = {  # the task, what is done to a copy of the world, the error
                 r"no folder vtab-1k/cifar; there are \['x'\]"),
     "a bad line": ("cifar", bad("vtab/*/cifar/val200.txt", lambda x: x.replace(b" 1", b" one", 1)),
                    "val200.txt, line 2: .*001.jpg one' is not a path and a label >= 0"),
+    "an empty list": ("cifar", bad("vtab/*/cifar/val200.txt", lambda x: b""),
+                      "val200.txt: no images"),
     "a broken test image": ("cifar", bad("vtab/*/cifar/images/test/007.jpg", lambda x: x[:300]),
                             "images/test/007.jpg is not an image that can be read"),
     "a model of text": ("cifar", lambda root: shutil.copy(

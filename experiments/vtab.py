@@ -55,6 +55,8 @@ class Images(Dataset):
                 raise ValueError(f"{path}, line {number}: {line!r} is not a path and a label >= 0")
             self.paths.append(folder / name)
             self.labels.append(int(label))
+        if not self.labels:
+            raise ValueError(f"{path}: no images")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -123,7 +125,7 @@ def problem(config: Config, recipe: Recipe) -> Problem:
 
     def loss(model: nn.Module, batch: dict) -> torch.Tensor:
         with autocast(config):
-            return model(**{key: x.to(DEVICE) for key, x in batch.items()}).loss
+            return model(**{key: x.to(DEVICE, non_blocking=True) for key, x in batch.items()}).loss
 
     def measure(images: Sized, prefix: str) -> dict[str, float]:
         found = predictions(images, EVALUATION_BATCH, partial(guesses, model), None, config)
