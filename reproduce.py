@@ -10,11 +10,11 @@
 
 A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's
 answer to every example, and its loss), log.csv (every step) and loss.png, ranks.png, peft/ (for
-PeftModel) and, for ElaLoRA, adapter.safetensors and scores.png; and checkpoint.pt after every
-epoch, for --resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with the paper's.
-Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning rate rises for
-10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there is no weight
-decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
+PeftModel), scores.png (LoRA has none) and, for ElaLoRA, adapter.safetensors; and checkpoint.pt
+after every epoch, for --resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with
+the paper's. Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning
+rate rises for 10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there
+is no weight decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
 """
 
 import argparse

@@ -139,6 +139,8 @@ def test_the_first_command_says_what_it_closed_of_which_gap(capsys):
     first, *_, note, _ = capsys.readouterr().out.splitlines()
     metrics = results_of("runs/planted-elalora-r4-s0")["metrics"]
     even, best = metrics["even_rank_bound"], metrics["best_possible"]
+    closed = (even - metrics["residual"]) / (even - best)
+    assert metrics["gap_closed"] == pytest.approx(closed)
     assert note.strip().startswith(
         f"It closed {metrics['gap_closed']:.0%} of the gap between the best even ranks (residual "
         f"{even:.3f}) and the best ranks of at least 1 ({best:.3f}): ranks.png shows")
@@ -354,7 +356,8 @@ HOSTILE = {  # the task, what is done to a copy of the world, the error
     "cut weights": ("rte", bad("deberta/pytorch_model.bin", lambda x: x[:-500]),
                     "--model: .*deberta cannot be loaded.*runs/traceback.txt"),
     "BART": ("rte", lambda root: shutil.copytree(
-        root / "bart", root / "deberta", dirs_exist_ok=True), "--model: .*has no matrices named query, key.*this task adapts"),
+        root / "bart", root / "deberta", dirs_exist_ok=True),
+             "--model: .*has no matrices named query, key.*this task adapts"),
     "label": ("rte", rewrite("glue/rte/train-*", lambda rows: rows.replace({"label": {1: -1}})),
               "train: the label is -1, not"),
     "other sizes": ("rte", bad("deberta/config.json", lambda x: x.replace(b": 32", b": 16")),

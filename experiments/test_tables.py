@@ -77,7 +77,8 @@ def test_the_papers_steps_are_its_epochs_of_whole_batches(task, steps):
 
 
 def test_a_rank_takes_the_row_of_the_nearest():
-    """Of two rows as near, the lower."""
+    """Of two rows as near, the lower. RTE's b and k at rank 4 are 4 and 2."""
+    assert (recipe_of(config(task="rte")).b, recipe_of(config(task="rte")).k) == (4, 2)
     for rank, row in {1: 2, 2: 2, 3: 2, 4: 4, 6: 4, 7: 4, 8: 10, 10: 10, 64: 10}.items():
         expected = FAMILIES["glue"].tasks["rte"].recipes[row]
         assert recipe_of(config(task="rte", rank=rank)) == expected
