@@ -52,6 +52,10 @@ TINY = {  # as any model names its sizes
     **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"), 32),
     **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers"), 2),
     **{f"{of}_attention_heads": 2 for of in ("num", "encoder", "decoder")}}
+DEBERTA = dict(
+    **TINY, vocab_size=64, relative_attention=True, position_buckets=16, type_vocab_size=0,
+    pos_att_type="p2c|c2p", norm_rel_ebd="layer_norm", share_att_key=True,
+    position_biased_input=False)
 WORDS = "the a cat dog sat ran on under mat house red blue".split()
 ROWS = 96
 
@@ -91,10 +95,7 @@ def sentences(n, least, most, seed=0):
 def make_deberta(folder):
     """Stored as microsoft/deberta-v3-base is: float16, no head, no tokenizer.json."""
     train_sentencepiece(folder, sentences(200, 4, 8), vocab_size=40, hard_vocab_limit=False)
-    config = transformers.DebertaV2Config(
-        **TINY, vocab_size=64, relative_attention=True, position_buckets=16, type_vocab_size=0,
-        pos_att_type="p2c|c2p", norm_rel_ebd="layer_norm", share_att_key=True,
-        position_biased_input=False)
+    config = transformers.DebertaV2Config(**DEBERTA)
     config.save_pretrained(folder)
     state = transformers.DebertaV2ForSequenceClassification(config).state_dict()
     encoder = {key: w.half() for key, w in state.items() if key.startswith("deberta.")}

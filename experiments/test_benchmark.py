@@ -10,7 +10,7 @@ def test_every_round_times_a_step_of_every_method_on_one_batch(monkeypatch, caps
     """By a clock that says how long each takes: its ratio to LoRA's step of the same round is
     printed, and the median of the rounds after the warm-up."""
     changes = dict(ROUNDS=4, WARM_UP=1, TEXTS=2, TOKENS=6, STEP=replace(benchmark.STEP, interval=2),
-                   ENCODER=DEBERTA | dict(model_type=None))  # fmt: skip
+                   ENCODER=DEBERTA)
     for name, value in changes.items():
         monkeypatch.setattr(benchmark, name, value)
     seconds, steps, clock = dict(elalora=3, svd=2.5, lora=2, adalora=5), [], [0.0]

@@ -112,7 +112,7 @@ class TestEveryMethodOnEveryFamily:
 def tokens(monkeypatch):
     """A function that makes a problem of random tokens, and a method of 20 steps, the last two
     without moves."""
-    monkeypatch.setattr(benchmark, "ENCODER", DEBERTA | dict(model_type=None))
+    monkeypatch.setattr(benchmark, "ENCODER", DEBERTA)
 
     def make(method="elalora", **settings):
         torch.manual_seed(0)
