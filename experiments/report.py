@@ -34,10 +34,10 @@ METHODS = dict(  # the last three are in results/ only
     eva="EVA", final="ElaLoRA's final ranks", shuffled="shuffled ranks")
 ASKED = asdict(Config(None, None, None, None))  # the defaults of what older runs do not name
 RESULTS = Path(__file__).parent.parent / "results"
-LEGEND = """Mean ± standard deviation over the seeds; (n) where only n of them are done. An average
-is over the tasks shown. Parameters are counted at the end of a run; the paper counts AdaLoRA's at
-the start. Differences are paired by seed and tested from five pairs on (Student's t, Holm's
-correction)."""
+LEGEND = """The first table is in percent. Mean ± standard deviation over the seeds; (n) where only
+n of them are done. An average is over the tasks shown. Parameters are counted at the end of a run;
+the paper counts AdaLoRA's at the start. Differences are paired by seed and tested from five pairs
+on (Student's t, Holm's correction)."""
 MARK = "<!-- made by experiments/report.py -->"
 
 
@@ -130,7 +130,7 @@ def describe(results: dict) -> list[str]:
     lines = [
         "{task}, {method}, rank {rank}, seed {seed}: ".format(**results["arguments"])
         + "{total_steps} steps, {seconds:.0f} s".format(**results),
-        "  {adapter_parameters:,} adapter parameters, {trainable_parameters:,} in all trained"
+        "  {adapter_parameters:,} adapter parameters, {trainable_parameters:,} trained in all"
         .format(**results),
         f"  {len(sizes)} matrices, total rank {sum(sizes)}, {min(sizes)} to {max(sizes)} each"]
     for columns, decimals in ((ranks, 2), (metrics, 4)):

@@ -71,7 +71,7 @@ def test_a_run_is_described_beside_what_it_is_compared_with():
     *sizes, note = "\n".join(report.describe(results)).splitlines()
     assert note == "  a note" and sizes[:3] == [
         "mrpc, elalora, rank 4, seed 1: 1740 steps, 61 s",
-        "  37,152 adapter parameters, 40,000 in all trained",
+        "  37,152 adapter parameters, 40,000 trained in all",
         "  4 matrices, total rank 17, 3 to 5 each"]
     assert [re.split("  +", line.strip()) for line in sizes[3:]] == [
         ["mean rank", "planted"], ["q", "3.50", "2.00"], ["dense", "5.00"],
