@@ -8,7 +8,8 @@
 A checkpoint holds what is trained, not the base: from_pretrained() cannot load it. To get it into
 a model after inject(): load_adapter_state_dict(model, load_file("checkpoint-9/model.safetensors")).
 For what serves or evaluates, export_peft() or merge() the model. The loss that the trainer logs is
-its own, without the penalty. To train a second time, make a new trainer.
+its own, without the penalty. To train a second time, make a new trainer. TRL's configurations set
+bf16=True: without a GPU, give them bf16=False and use_cpu=True.
 """
 
 from dataclasses import dataclass
