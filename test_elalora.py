@@ -451,10 +451,15 @@ def twice():
 
 
 def test_a_layer_in_two_places_stays_one_layer():
-    """A shared nn.Linear is adapted once, in both places, and merged in both."""
-    model, x = randomized(twice()), torch.randn(3, 4)
+    """A shared nn.Linear is adapted once, in both places, and loaded and merged in both, after its
+    ranks moved as well."""
+    model, x = twice(), torch.randn(3, 4)
+    resize(model[0], [0, 1], 1, torch.Generator("cpu"), {})
+    randomized(model)
     assert model[0] is model[2] and isinstance(model[0], SVDLinear)
-    y = model(x)
+    y, fresh = model(x), twice()
+    load_adapter_state_dict(fresh, adapter_state_dict(model))
+    assert_same([fresh[0].P, fresh[2].Q], [model[0].P, model[2].Q])
     merge(model)
     assert model[0] is model[2] and type(model[0]) is nn.Linear
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
@@ -1482,6 +1487,8 @@ REFUSED = [
      lambda s: s.last("exp_avg", lambda x: x.to("meta"))),
     ("late", "the highest score is inf", Stage.step,
      lambda s: s.last("I_bar", lambda x: x + INF)),
+    ("late", "the highest score is nan", Stage.step,
+     lambda s: s.last("I_bar", lambda x: x + NAN)),
     ("late", "the highest score is 0, .*; call step.. after optimizer.step.. and before",
      Stage.step, lambda s: (s.start("AdamW"), s.optimizer.zero_grad(set_to_none=False))),
 ]
