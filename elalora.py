@@ -462,8 +462,9 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     change, if a tensor is missing, unknown or has a wrong shape.
     """
     inner = _unwrapped(model)
-    own = {_plain_name(key): key for key in inner.state_dict()}
-    shapes = {_plain_name(key): x.shape for key, x in inner.state_dict().items()}
+    own, shapes = {}, {}  # plain name -> key, shape
+    for key, x in inner.state_dict().items():
+        own[_plain_name(key)], shapes[_plain_name(key)] = key, x.shape
     wrong = (adapter_state_dict(inner).keys() - state.keys()) | (state.keys() - own.keys())
     _require(not wrong, f"missing in the state, or unknown to the model: {sorted(wrong)[:8]}")
     for name, layer in inner.named_modules(remove_duplicate=False):
@@ -892,12 +893,14 @@ def _check_step(allocator: RankAllocator) -> None:
     factors, optimized = _factors(allocator), _optimized(optimizer)
     _require(any(w.grad is not None for w in factors.values()),
              "no gradients: call step() after optimizer.step() and before zero_grad()")
-    for name, w in factors.items():
-        _require(w in optimized or w.grad is None, f"{name!r} is not the parameter that the "
-                 "optimizer holds; make optimizer and allocator after loading with assign=True")
-        average, _ = _averages(optimizer, w)
-        _require(average.shape == w.shape, f"{name!r} has shape {[*w.shape]}, its average "
-                 f"{[*average.shape]}: ranks were loaded without the optimizer's state")
+    for name, w in factors.items():  # at every step: messages are made only if they are needed
+        if w.grad is not None and w not in optimized:
+            raise ValueError(f"{name!r} is not the parameter that the optimizer holds; make "
+                             "optimizer and allocator after loading with assign=True")
+        average = optimizer.state.get(w, {}).get("I_bar", w)
+        if average.shape != w.shape:
+            raise ValueError(f"{name!r} has shape {[*w.shape]}, its average {[*average.shape]}: "
+                             "ranks were loaded without the optimizer's state")
     if t == 0:
         _check_states(allocator)
         # Lambda has a gradient from the loss alone; P and Q have one from the penalty, too.
