@@ -283,10 +283,12 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None
         lines = report.describe(results or run(config, recipe, args))
         done = "finished before" if results else "written"
         print(*lines, f"  {done}: {folder_of(config, args.output_dir)}", sep="\n", flush=True)
-        if shared.PROCESS == 0:
-            table = report.compare(args.output_dir, args.family)
-    if len(runs) > 1 and shared.PROCESS == 0:
-        print(f"{table}\n\nwritten: {args.output_dir / args.family}.md")
+        if shared.PROCESS == 0 and not results:  # the next run may be interrupted
+            report.compare(args.output_dir, args.family)
+    if shared.PROCESS == 0:
+        table = report.compare(args.output_dir, args.family)
+        if len(runs) > 1:
+            print(f"{table}\n\nwritten: {args.output_dir / args.family}.md")
 
 
 def explain(error: ValueError | OSError, args: argparse.Namespace) -> str:
