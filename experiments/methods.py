@@ -25,7 +25,8 @@ NOISE = (  # warnings that PEFT causes, by how they begin
 
 class Method:
     """What the loop calls. Raises ValueError if the schedule or the ranks do not fit."""
-    singular_values = ""  # how the names of such parameters end
+    fast: str  # how the names of parameters end that learn at lambda_rate times the rate
+    has_singular_values = False
     moves_ranks = True  # False: b = 0
 
     def __init__(self, problem: Problem, config: Config, recipe: Recipe, ranks: dict[str, int]):
@@ -38,8 +39,7 @@ class Method:
         self.adapt(ranks or dict.fromkeys(problem.targets, config.rank))
         rates = {1: [], recipe.lambda_rate: []}  # learning rate / the recipe's -> parameters
         for name, w in trained(problem.model).items():
-            is_singular = self.singular_values and name.endswith(self.singular_values)
-            rates[recipe.lambda_rate if is_singular else 1].append(w)
+            rates[recipe.lambda_rate if name.endswith(self.fast) else 1].append(w)
         groups = [dict(params=ws, lr=rate * recipe.learning_rate) for rate, ws in rates.items()]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, foreach=True)
         self.scheduler = transformers.get_scheduler(
@@ -72,7 +72,7 @@ class Method:
         count = 0
         for name, rank in self.ranks().items():
             shape = self.problem.model.get_submodule(name).base_layer.weight.shape
-            count += rank * (sum(shape) + bool(self.singular_values))
+            count += rank * (sum(shape) + self.has_singular_values)
         return count
 
     def state_dict(self) -> dict:
@@ -88,7 +88,7 @@ class Method:
 
 class ElaLoRA(Method):
     """The paper's method, by elalora.py."""
-    singular_values = ".Lambda"
+    fast, has_singular_values = ".Lambda", True
 
     def __init__(self, problem: Problem, config: Config, recipe: Recipe, ranks: dict[str, int]):
         super().__init__(problem, config, recipe, ranks)
@@ -124,7 +124,9 @@ class EvenRanks(ElaLoRA):
 
 
 class LoRA(Method):
-    """PEFT's LoRA."""
+    """PEFT's LoRA. Its B, which starts at 0 as Λ does, may learn faster, as in LoRA+
+    (arXiv:2402.12354)."""
+    fast = ".lora_B.default.weight"
 
     def adapt(self, ranks: dict[str, int]) -> None:
         self.adapted = peft.get_peft_model(self.problem.model, self.settings(
@@ -144,7 +146,7 @@ class LoRA(Method):
 
 class AdaLoRA(LoRA):
     """PEFT's AdaLoRA: starts at init_ratio times the rank, prunes during ElaLoRA's search."""
-    singular_values = ".lora_E.default"
+    fast, has_singular_values = ".lora_E.default", True
     averages = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # attributes of PEFT's allocator
 
     def adapt(self, ranks: dict[str, int]) -> None:

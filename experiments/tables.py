@@ -50,7 +50,7 @@ class Recipe:
     gamma: float = 0.1  # the weight of the orthogonality penalty
     beta1: float = 0.85
     beta2: float = 0.85
-    lambda_rate: float = 1.0  # the learning rate of singular values / that of the rest
+    lambda_rate: float = 1.0  # the learning rate of singular values (LoRA: of B) / of the rest
     init_ratio: float = 1.5  # AdaLoRA's first rank / its last
     shape: str = "cubic"  # of b over time
     lr_scheduler: str = "linear"  # or "cosine", "constant_with_warmup": transformers' names

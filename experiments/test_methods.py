@@ -176,9 +176,9 @@ def test_the_learning_rate_rises_for_a_tenth_and_then_does_as_named(name, world)
     np.testing.assert_allclose([rate(step) for step in range(40)], expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["elalora", "adalora"])
-def test_lambda_rate_multiplies_the_rate_of_singular_values_alone(method, world):
-    """Adam's first step is one learning rate long: lambda_rate of them for singular values."""
+@pytest.mark.parametrize("method", METHODS)
+def test_lambda_rate_multiplies_the_rate_of_what_starts_at_0_alone(method, world):
+    """Adam's first step is one learning rate long: lambda_rate of them for Λ, E and LoRA's B."""
     problem, found = make(config_of(world, "planted", method, ["lambda_rate=7"]))
     weights = trained(problem.model)
     for w in weights.values():
@@ -187,7 +187,8 @@ def test_lambda_rate_multiplies_the_rate_of_singular_values_alone(method, world)
         group["lr"] = group["initial_lr"]  # else 0 at the start of the warm-up
     train_step(problem, next(iter(problem.batches(1))), found)
     for name, w in weights.items():
-        rate = 7 if name.endswith((".Lambda", ".lora_E.default")) else 1
+        rate = 7 if name.endswith((".Lambda", ".lora_E.default")) or (
+            method == "lora" and "lora_B" in name) else 1
         assert (w - 1).abs().max().item() == pytest.approx(rate * 2e-2, rel=1e-3)
 
 
