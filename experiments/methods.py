@@ -37,11 +37,9 @@ class Method:
         self.schedule = elalora.RankSchedule(
             total, recipe.warmup, recipe.stabilize, recipe.interval, b, recipe.shape)
         self.adapt(ranks or dict.fromkeys(problem.targets, config.rank))
-        rates = {1: [], recipe.lambda_rate: [], recipe.factor_rate: []}  # rate / the recipe's
+        rates = {1: [], recipe.lambda_rate: []}  # learning rate / the recipe's -> parameters
         for name, w in trained(problem.model).items():
-            is_factor = name.endswith((".P", ".Q"))
-            rate = recipe.factor_rate if is_factor else 1
-            rates[recipe.lambda_rate if name.endswith(self.fast) else rate].append(w)
+            rates[recipe.lambda_rate if name.endswith(self.fast) else 1].append(w)
         groups = [dict(params=ws, lr=rate * recipe.learning_rate) for rate, ws in rates.items()]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, foreach=True)
         self.scheduler = transformers.get_scheduler(
@@ -100,10 +98,7 @@ class ElaLoRA(Method):
 
     def adapt(self, ranks: dict[str, int]) -> None:
         elalora.inject(self.problem.model, self.problem.targets, ranks, self.recipe.alpha,
-                       self.recipe.dropout, modules_to_save=self.problem.heads)
-        for name, w in self.problem.model.named_parameters():
-            if self.recipe.start and name.endswith((".P", ".Q")):
-                torch.nn.init.normal_(w, std=self.recipe.start)
+                       modules_to_save=self.problem.heads)
 
     def penalty(self) -> Tensor:
         return self.recipe.gamma * elalora.orthogonality_penalty(self.problem.model)

@@ -51,9 +51,6 @@ class Recipe:
     beta1: float = 0.85
     beta2: float = 0.85
     lambda_rate: float = 1.0  # the learning rate of singular values (LoRA: of B) / of the rest
-    factor_rate: float = 1.0  # the learning rate of P and Q / of the rest
-    dropout: float = 0.0  # of the adapter's input
-    start: float = 0.0  # P and Q start as N(0, start); 0: orthonormal
     init_ratio: float = 1.5  # AdaLoRA's first rank / its last
     shape: str = "cubic"  # of b over time
     lr_scheduler: str = "linear"  # or "cosine", "constant_with_warmup": transformers' names
@@ -61,7 +58,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "learning_rate", "epochs", "alpha", "lambda_rate", "init_ratio",
-                     "gamma", "examples", "factor_rate"):
+                     "gamma", "examples"):
             value, zero = getattr(self, name), name in ("gamma", "examples")
             if not (0 < value < math.inf or zero and value == 0):
                 raise ValueError(f"{name} must be a number >{'=' * zero} 0, got {value!r}")
