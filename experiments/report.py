@@ -33,10 +33,10 @@ TITLES = {name: title for name, (title, _) in METHODS.items()}
 TITLES |= dict(eva="EVA", final="ElaLoRA's final ranks", shuffled="shuffled ranks")  # in results/
 ASKED = asdict(Config(None, None, None, None))  # the defaults of what older runs do not name
 RESULTS = Path(__file__).parent.parent / "results"
-LEGEND = """The first table is in percent. Mean ± standard deviation over the seeds; (n) where only
-n of them are done. An average is over the tasks shown. Parameters are counted at the end of a run;
-the paper counts AdaLoRA's at the start. Differences are paired by seed and tested from five pairs
-on (Student's t, Holm's correction)."""
+LEGEND = """The heading says what all runs share. The first table is in percent. Mean ± standard
+deviation over the seeds; (n) where only n of them are done. An average is over the tasks shown.
+Parameters are counted at the end of a run; the paper counts AdaLoRA's at the start. Differences are
+paired by seed and tested from five pairs on (Student's t, Holm's correction)."""
 MARK = "<!-- made by experiments/report.py -->"
 
 
@@ -54,7 +54,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 def label(arguments: dict) -> str:
     """What tells a run from others, but for task and seed, in the names of folders."""
     words = [arguments["method"], f"r{arguments['rank']}", "+".join(arguments["targets"]),
-             Path(arguments.get("ranks") or "").stem, *sorted(arguments["set"])]
+             Path(arguments["ranks"] or "").stem, *sorted(arguments["set"])]
     return "-".join(filter(None, words))
 
 
@@ -124,21 +124,22 @@ def log_scores(S: list[float]) -> pandas.Series:
 
 
 def describe(results: dict) -> list[str]:
-    """What is printed of a run: its ranks beside the planted ones, its metrics beside those of a
-    guess and of the paper."""
+    """What is printed of a run: its metrics and mean ranks beside those that were planted, those of
+    a guess and those of the paper."""
     sizes = results["ranks"].values()
-    ranks = {"mean rank": mean_ranks(results["ranks"]),
-             "planted": mean_ranks(results.get("planted_ranks"))}
-    metrics = {"": results["metrics"], results.get("floor_name"): results.get("floor"),
-               "the paper": results.get("paper")}
+    columns = {
+        "found": results["metrics"] | mean_ranks(results["ranks"]),
+        "planted": mean_ranks(results["planted_ranks"]),
+        results["floor_name"]: results["floor"],
+        "the paper": results["paper"]}
+    table = pandas.DataFrame({name: x for name, x in columns.items() if x})
     lines = [
         "{task}, {method}, rank {rank}, seed {seed}: ".format(**results["arguments"])
         + "{total_steps} steps, {seconds:.0f} s".format(**results),
-        f"  {len(sizes)} matrices, total rank {sum(sizes)}, {min(sizes)} to {max(sizes)} each"]
-    for columns, shape in ((ranks, "{:.2f}"), (metrics, "{:.4f}")):
-        table = pandas.DataFrame({name: x for name, x in columns.items() if x})
-        lines.append(table.to_string(float_format=shape.format, na_rep=""))
-    if results.get("note"):
+        f"  {len(sizes)} matrices, total rank {sum(sizes)}, {min(sizes)} to {max(sizes)} each; "
+        "metrics and mean ranks:",
+        table.to_string(float_format="{:.4g}".format, na_rep="")]
+    if results["note"]:
         lines.append(f"  {results['note']}")
     return lines
 
@@ -182,8 +183,7 @@ def pack(folder: Path, study: Path) -> None:
 
 
 def frame(runs: list[dict]) -> pandas.DataFrame:
-    """What STUDY.csv has. ValueError if two runs have the same task, title and seed: a "name" in
-    the results.json of one tells them apart."""
+    """What STUDY.csv has. ValueError if two runs have the same task, title and seed."""
     asked = pandas.DataFrame([ASKED | r["arguments"] for r in runs])[[*ASKED]]
     for name in ("targets", "set"):
         asked[name] = asked[name].map(sorted).str.join(" ")
@@ -201,7 +201,9 @@ def frame(runs: list[dict]) -> pandas.DataFrame:
     rows.insert(0, "run", "")
     for _, of_task in rows.groupby("task"):
         rows.loc[of_task.index, "run"] = titles([runs[i] for i in of_task.index])
-    rows.set_index(["task", "run", "seed"], verify_integrity=True)
+    twice = rows["run"][rows.duplicated(["task", "run", "seed"])]
+    if len(twice):
+        raise ValueError(f'{twice.iloc[0]}: two runs are alike; add a "name" to a results.json')
     for _, alike in rows.groupby(["task", "run"]):  # with the ranks of the other seeds
         maps = pandas.DataFrame({i: runs[i]["ranks"] for i in alike.index})
         pairs = maps.corr("spearman").mask(np.eye(len(alike), dtype=bool))
@@ -340,11 +342,9 @@ def compare(folder: Path, family: str) -> str:
     runs = [r for r in read(folder) if r["arguments"]["task"] in tasks]
     rows = frame(runs).drop(columns=["seconds", "commit"])  # the same runs make the same page
     top = papers_table(family, rows.assign(run=titles(runs)))
-    every = ", ".join(sorted(shared_words(runs)))
-    parts = [f"{MARK}\n# {family}", f"Every run: {every}." * bool(every), top, LEGEND,
-             tables(folder / family, rows)]
-    whole = "\n\n".join(filter(None, parts)) + "\n"
-    write(page, lambda path: path.write_text(whole))
+    heading = ", ".join([family, *sorted(shared_words(runs))])
+    parts = [f"{MARK}\n# {heading}", top, LEGEND, tables(folder / family, rows)]
+    write(page, lambda path: path.write_text("\n\n".join(parts) + "\n"))
     return top
 
 
