@@ -281,16 +281,17 @@ def test_a_study_has_all_of_each_run_bit_for_bit(runs, tmp_path):
 def test_packing_loses_no_run(runs, tmp_path):
     """New runs are added; what is there already changes no byte. Another run of the same name, of
     the same title and seed, or none at all is an error that leaves the study as it was."""
-    study, new = tmp_path / "study", arguments("svd", 2, set=["k=1"])
+    study, new = tmp_path / "study", arguments("adalora", 2, 7, set=["k=1"])
     for folder in ("more", "other", "alike/again"):
         write_run(tmp_path / folder, new, np.random.default_rng(len(folder)))
     report.pack(tmp_path / "runs", study)
     report.pack(tmp_path / "more", study)
-    assert len(report.read_study(study)) == len(runs) + 1
+    folders = [r["folder"] for r in report.read_study(study)]
+    assert folders == sorted(folders) and len(folders) == len(runs) + 1
     files = [Path(f"{study}{end}").read_bytes() for end in (".csv", ".jsonl.gz")]
     assert files[1][4:8] == bytes(4)  # no time of packing
-    for folder, match in dict(other="another run in a folder of the name mrpc-svd",
-                              alike="even ranks: two runs are alike",
+    for folder, match in dict(other="another run in a folder of the name mrpc-adalora",
+                              alike="AdaLoRA: two runs are alike",
                               empty="empty has no run").items():
         with pytest.raises(ValueError, match=match):
             report.pack(tmp_path / folder, study)

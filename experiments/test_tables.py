@@ -27,8 +27,8 @@ def schedule_of(recipe, total):
 
 
 def test_what_the_command_offers_can_be_made():
-    """Every family has a module, every method a class, every task of GLUE its columns
-    and, first, Table 2's metric."""
+    """Every family has a module, every method a class, every task of GLUE its columns and, first,
+    Table 2's metric."""
     for name in FAMILIES:
         assert callable(importlib.import_module(f"experiments.{name}").problem)
     assert [*METHODS] == [*CLASSES]
