@@ -257,7 +257,7 @@ def families_of(study: Path, rows: pandas.DataFrame) -> dict[str, list[list[str]
     elif ours.any():
         settings = rows["run"].str.partition(", ")[2]
         alike = settings.groupby(settings).transform("size")
-        reference = min(rows["run"][ours & (alike == alike[ours].max())], key=len)
+        reference = rows["run"][ours & (alike == alike[ours].max())].min()
         found["ElaLoRA and others"] = [[reference, x] for x in present if x != reference]
     return found
 

@@ -64,10 +64,11 @@ def test_a_run_is_described_beside_what_it_is_compared_with():
     assert lines[0] == "mrpc, elalora, rank 4, seed 1: 1740 steps, 61 s"
     assert lines[1].startswith("  4 matrices, total rank 17, 3 to 5 each")
     assert [re.split("  +", line.strip()) for line in lines[2:]] == [
-        ["found", "planted", "majority class", "the paper"], ["accuracy", "0.9", "0.6838", "0.9044"],
-        ["f1", "0.8"], ["q", "3.5", "2"], ["dense", "5"], ["a note"]]
+        ["found", "planted", "majority class", "the paper"],
+        ["accuracy", "0.9", "0.6838", "0.9044"], ["f1", "0.8"],
+        ["q", "3.5", "2"], ["dense", "5"], ["a note"]]
     alone = results | dict(planted_ranks={}, floor={}, paper={}, note="")
-    assert "\n".join(report.describe(alone)).splitlines()[2].strip() == "found"
+    assert report.describe(alone)[2].split()[0] == "found" and len(report.describe(alone)) == 3
 
 
 def test_a_score_of_0_is_drawn_at_minus_20():
@@ -222,7 +223,7 @@ def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
 
 def test_a_page_has_tasks_and_methods_beside_the_paper(tmp_path):
     """Percentages with their deviations, averages of the seeds that did all tasks, the paper's
-    numbers and their mean; in the heading, what all runs share."""
+    numbers and their mean; in the heading, what all runs share. A row is of one setting."""
     folder, random, accuracy = tmp_path / "runs", np.random.default_rng(0), {}
     for task, method, seed in itertools.product(("rte", "mrpc"), ("elalora", "lora"), range(3)):
         if (task, method, seed) != ("rte", "lora", 2):
@@ -242,6 +243,10 @@ def test_a_page_has_tasks_and_methods_beside_the_paper(tmp_path):
         average, some = np.mean([rte, mrpc[:n]], axis=0), " (2)" * (n == 2)
         assert line[3:] == [shown(rte) + some, shown(mrpc), shown(average) + some]
     assert svd[:2] == ["10", "even ranks"] and svd[3] == svd[5] == ""
+    for task, setting in (("rte", "k=1"), ("mrpc", "k=2")):
+        write_run(tmp_path / "more", arguments("lora", set=[setting]) | dict(task=task), random)
+    text = report.compare(tmp_path / "more", "glue")
+    assert "LoRA, k = 1 " in text and "LoRA, k = 2 " in text
 
 
 def test_a_page_of_somebody_elses_is_not_overwritten(tmp_path):
