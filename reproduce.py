@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         "datasets.load_dataset reads; VTAB: vtab-1k.zip, or its folder vtab-1k")
     add("--epochs", type=int, help="default: as Table 7, 8 or 10")
     add("--method", choices=METHODS, nargs="+", default=["elalora"],
-        help="\n".join(f"{name}: {meaning}" for name, meaning in METHODS.items()))
+        help="\n".join(f"{name}: {meaning}" for name, (_, meaning) in METHODS.items()))
     add("--ranks", metavar="FILE", help="a map from matrices to ranks in JSON, or a run's "
         f"results.json: {', '.join(TAKE_RANKS)} has\nthese ranks; --rank is then their mean")
     add("--targets", nargs="+", default=[""], metavar="NAME",

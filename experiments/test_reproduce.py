@@ -237,7 +237,7 @@ def test_a_table_that_is_interrupted_twice_ends_in_the_same_page(world, monkeypa
     logs = [path.read_text() for path in sorted(Path("whole").glob("*/log.csv"))]
     assert logs == [path.read_text() for path in sorted(Path("runs").glob("*/log.csv"))]
     assert len({*logs}) == 8
-    assert "Not run: LoRA at rank 2" in capsys.readouterr().out
+    assert "written: runs/glue.md" in capsys.readouterr().out
 
 
 def test_a_dry_run_says_the_hours_and_writes_nothing(tmp_path, monkeypatch, capsys):
