@@ -304,7 +304,7 @@ def tables(study: Path, rows: pandas.DataFrame) -> str:
 
 
 def papers_table(family: str, rows: pandas.DataFrame) -> str:
-    """A family's tasks × methods in percent, beside the paper's rows."""
+    """A family's tasks × methods in percent, beside the paper's rows; then, what was not run."""
     keys, first = ["rank", "method", "run"], "parameters, M"
     columns, results = FAMILIES[family].columns, FAMILIES[family].results
     rows = rows.replace({"run": r", rank \d+"}, "", regex=True)
@@ -319,12 +319,17 @@ def papers_table(family: str, rows: pandas.DataFrame) -> str:
     cells.insert(0, first, parameters.map("{:.2f}".format))
     paper = pandas.DataFrame(results, [first, *columns]).reindex([first, *done])
     paper.loc["average"] = paper.loc[done].mean()
-    for rank, method, _ in cells.index:
-        if (method, rank) in paper:
+    run = {(method, rank) for rank, method, _ in cells.index}
+    missing = [name for name in columns if name not in done]
+    for method, rank in paper:
+        if (method, rank) not in run:
+            missing.append(f"{TITLES[method]} at rank {rank}")
+        else:
             numbers = paper[method, rank].map("{:.2f}".format)
             cells.loc[(rank, method, f"{TITLES[method]}, the paper"), :] = numbers
     table = cells.sort_index().droplevel("method").reset_index()
-    return table.to_markdown(index=False, disable_numparse=True)
+    text = table.to_markdown(index=False, disable_numparse=True)
+    return text + f"\n\nNot run: {', '.join(missing)}." * bool(missing)
 
 
 def check_page(folder: Path, family: str) -> Path:

@@ -223,7 +223,7 @@ def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
 
 def test_a_page_has_tasks_and_methods_beside_the_paper(tmp_path):
     """Percentages with their deviations, averages of the seeds that did all tasks, the paper's
-    numbers and their mean; in the heading, what all runs share. A row is of one setting."""
+    numbers and their mean; in the heading, what all runs share; at the end, what was not run. A row is of one setting."""
     folder, random, accuracy = tmp_path / "runs", np.random.default_rng(0), {}
     for task, method, seed in itertools.product(("rte", "mrpc"), ("elalora", "lora"), range(3)):
         if (task, method, seed) != ("rte", "lora", 2):
@@ -232,8 +232,12 @@ def test_a_page_has_tasks_and_methods_beside_the_paper(tmp_path):
     write_run(folder, arguments("svd", 10, model="m"), random)
     text = report.compare(folder, "glue")
     assert f"\n# glue, model m\n\n{text}\n" in (folder / "glue.md").read_text()
+    *rows, _, missing = text.splitlines()
+    assert missing == "Not run: mnli, sst2, cola, qqp, qnli, stsb, AdaLoRA at rank 2, " + ", ".join(
+        f"{name} at rank {rank}" for rank in (4, 10) for name in ("LoRA", "AdaLoRA", "ElaLoRA")
+        ) + "."
     header, _, ours, paper, lora, papers_lora, svd = (
-        re.split(r"\s*\|\s*", line)[1:-1] for line in text.splitlines())
+        re.split(r"\s*\|\s*", line)[1:-1] for line in rows)
     assert header == ["rank", "run", "parameters, M", "rte", "mrpc", "average"]
     assert ours[:3] == ["2", "ElaLoRA", "0.12"] and lora[:3] == ["2", "LoRA", "0.12"]
     assert paper == ["2", "ElaLoRA, the paper", "0.33", "85.92", "90.44", "88.18"]
