@@ -1225,8 +1225,6 @@ def test_peft_computes_what_the_exported_model_computes(build, tmp_path, process
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert_readers_agree(model, config, import_module("safetensors.torch").load_file(
         tmp_path / "adapter_model.safetensors"))
-    library = import_module(config["auto_mapping"]["parent_library"])
-    assert getattr(library, config["auto_mapping"]["base_model_class"]) is type(base)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     x = torch.randn(4, 6)
     expected = model.eval()(x)
