@@ -383,7 +383,7 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
     targets = _matching(inner, target_modules, "target_modules")
     saved = _matching(inner, modules_to_save, "modules_to_save")
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
-    _check_injection(inner, targets, saved, ranks, alpha, dropout)
+    _check_injection(inner, targets, saved, ranks)
     seed = int(torch.randint(2**62, (), device="cpu"))
     layers: dict[nn.Module, SVDLinear] = {}
     for name, base_layer in targets.items():
@@ -769,8 +769,7 @@ def _check_layer(name: str, layer: nn.Module, rank: int, alpha: float = 1, dropo
 
 
 def _check_injection(model: nn.Module, targets: Mapping[str, nn.Module],
-                     saved: Mapping[str, nn.Module], ranks: Mapping[str, int], alpha: float,
-                     dropout: float) -> None:
+                     saved: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> None:
     for module in model.modules():
         is_adapter = isinstance(module, SVDLinear) or type(module).__module__.startswith("peft.")
         _require(not is_adapter, "the model has adapters already, of this file or of PEFT; merge "
@@ -779,7 +778,7 @@ def _check_injection(model: nn.Module, targets: Mapping[str, nn.Module],
              f"no targets, or the rank map names other modules: {sorted(ranks.keys() ^ targets)}")
     trained = {w for module in saved.values() for w in module.parameters()}
     for name, module in targets.items():
-        _check_layer(repr(name), module, ranks[name], alpha, dropout)
+        _check_layer(repr(name), module, ranks[name])
         _require(not module.weight.is_meta, f"the weight of {name!r} is on the meta device: it was "
                  "offloaded, or not loaded yet; load the whole model first")
         _require(trained.isdisjoint(module.parameters()), f"{name!r} would be both adapted and "
