@@ -537,12 +537,9 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
 def _check_names(layers: Mapping[str, SVDLinear], modules: Mapping[str, nn.Module],
                  whole: Sequence[str]) -> None:
     places = [name for name, module in modules.items() if isinstance(module, SVDLinear)]
-    ends = tuple(f".{name}" for name in layers)
-    alike = [name for name in modules if name.endswith(ends) and name not in layers]
     inside = [name for name in layers if _is_in(name, whole)]
     _require("" not in layers and "" not in whole, "PEFT cannot name the model itself")
     _require(places == [*layers], f"PEFT cannot name {[*places]}: a layer stands in two places")
-    _require(not alike, f"PEFT would adapt {alike}, too: the name ends like an adapted one's")
     _require(not inside, f"PEFT cannot adapt {inside}: PEFT saves the whole module around it")
 
 
