@@ -336,20 +336,7 @@ def test_factors_are_float32_and_the_output_has_the_dtype_of_the_bases(dtype, au
 
 
 # ---- Section 3.1: what reads a weight in place of calling the layer ----
-class Reader(nn.Module):
-    """Computes with a weight and a bias, as Mamba does. Reads a dtype and then calls, as T5."""
-
-    def __init__(self):
-        super().__init__()
-        self.dt_proj, self.wo = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
-
-    def forward(self, x):
-        x = torch.sigmoid(x @ self.dt_proj.weight.mT + self.dt_proj.bias) * x
-        return self.wo(x.to(self.wo.weight.dtype))
-
-
 PARENTS = {
-    "reader": (Reader, ["dt_proj", "wo"]),
     "attention": (lambda: nn.MultiheadAttention(6, 2, batch_first=True), ["out_proj"]),
     "encoder": (lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True),
                 ["out_proj", "linear1", "linear2"]),
