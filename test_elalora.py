@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import os
-import pickle
 import re
 import sys
 import warnings
@@ -32,7 +31,6 @@ from hypothesis.stateful import (RuleBasedStateMachine, initialize, invariant, p
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import elalora
 from elalora import (RANK_DIM, SHAPES, Adjustment, RankAllocator, RankSchedule, SVDLinear,
@@ -72,7 +70,6 @@ class Block(nn.Module):
 
 class Net(nn.Module):
     """Two blocks of 6 -> 5 -> 6, a norm and a head; a matrix to adapt has at most 5 ranks."""
-    reentrant = None  # or a bool, for checkpointing of that kind
 
     def __init__(self, seed=0, norm=nn.LayerNorm):
         super().__init__()
@@ -82,8 +79,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         for layer in self.layers:
-            plain = self.reentrant is None
-            x = layer(x) if plain else checkpoint(layer, x, use_reentrant=self.reentrant)
+            x = layer(x)
         return self.head(self.norm(x))
 
 
@@ -443,10 +439,10 @@ def test_a_layer_in_two_places_stays_one_layer():
 
 def test_experts_that_cannot_be_adapted_are_told_of():
     """inject() warns with the share of the weights that it cannot adapt. A convolution is none."""
-    model = nn.ModuleDict({"q": nn.Linear(6, 3), "conv": nn.Conv1d(6, 1, 3)})
+    model = nn.ModuleDict({"q": nn.Linear(6, 3), "conv": nn.Conv1d(1, 6, 3)})
     model.gate_up_proj = nn.Parameter(torch.ones(2, 6, 6))
-    with pytest.warns(UserWarning, match="64% of the weights are stacked in 3 dim") as told:
-        inject(model, ["q"], 2)  # 72 of 72 + 21 + 19
+    with pytest.warns(UserWarning, match="62% of the weights are stacked in 3 dim") as told:
+        inject(model, ["q"], 2)  # 72 of 72 + 21 + 24
     assert [warning.filename for warning in told] == [__file__]
 
 
@@ -673,8 +669,8 @@ def test_the_budget_is_equation_5_exactly(schedule, shape):
 
 # ---- Algorithm 1 ----
 class Training(RuleBasedStateMachine):
-    """Steps, skipped steps and freezing in any order keep the invariants. A twin that is saved,
-    resumed and copied at random moments equals the run that is not, bit for bit."""
+    """Steps, skipped steps and freezing in any order keep the invariants. A twin that is saved
+    and resumed at random moments equals the run that is not, bit for bit."""
 
     @initialize(ranks=rank_lists, k=st.integers(1, 3), b=st.integers(1, 4), seed=st.integers(0, 99),
                 interval=st.integers(1, 2), optimizer=st.sampled_from(sorted(OPTIMIZERS)),
@@ -748,12 +744,6 @@ class Training(RuleBasedStateMachine):
         optimizer.load_state_dict(optimizer_state)
         remember(resumed, allocator)
         self.set_frozen(self.frozen)
-
-    @rule(pickled=st.booleans())
-    def copy_all(self, pickled):
-        """A copy of everything trains on as the original would."""
-        self.twin = pickle.loads(pickle.dumps(self.twin)) if pickled else copy.deepcopy(self.twin)
-        remember(self.twin[0], self.twin[2])
 
     @invariant()
     def the_twins_are_equal(self):
@@ -960,6 +950,7 @@ def by_hand(model, owner=""):
     """What users train beside adapters: a norm, a head that was replaced, a bare parameter."""
     model.norm.weight.requires_grad_(True)
     model.head = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    model.head.register_buffer("ema", torch.zeros(2))
     if owner is not None:
         model.get_submodule(owner).scale = nn.Parameter(torch.ones(3))
     return model
@@ -968,7 +959,6 @@ def by_hand(model, owner=""):
 def test_what_is_trained_is_what_is_saved():
     """Factors and scalings, whatever else is trained, and moving statistics; copies of no more."""
     model = by_hand(adapted_net(norm=nn.BatchNorm1d, modules_to_save=[]))
-    model.head.register_buffer("ema", torch.zeros(2))
     keys = {f"{name}.{part}" for name in ADAPTED for part in (*RANK_DIM, "scaling")}
     keys |= {key for key in model.state_dict() if key.startswith(("head", "norm", "scale"))}
     assert adapter_state_dict(model).keys() == keys and {"norm.running_var", "head.ema"} <= keys
@@ -976,7 +966,6 @@ def test_what_is_trained_is_what_is_saved():
         key for key in keys if key.startswith("layers")}
     state = adapter_state_dict(randomized(model))
     other = by_hand(adapted_net(5, alpha=1.0, norm=nn.BatchNorm1d, modules_to_save=[]))
-    other.head.register_buffer("ema", torch.zeros(2))
     other.requires_grad_(False)  # for inference: it takes what it does not train
     load_adapter_state_dict(other, state)
     x = torch.randn(3, 6)
@@ -1153,9 +1142,9 @@ class Stage:
         self.folder, self.plain = folder, Net()
         self.start("AdamW", steps=1)
 
-    def start(self, optimizer, steps=0, reentrant=None):
+    def start(self, optimizer, steps=0):
         self.model = adapted_net()
-        self.query, self.model.reentrant = self.model.layers[0].query, reentrant
+        self.query = self.model.layers[0].query
         kind, options = OPTIMIZERS.get(optimizer, (optimizer, {}))
         self.optimizer = kind(trainable(self.model), **options)
         schedule = RankSchedule(100, steps, 1, 1, 2)
@@ -1167,8 +1156,7 @@ class Stage:
         self.backward()
 
     def backward(self):
-        x = randn(4, 6)  # needs no gradient, so reentrant checkpointing gives none inside
-        (self.model(x).square().sum() + 0.1 * orthogonality_penalty(self.model)).backward()
+        loss_of(self.model).backward()
         self.optimizer.step()
 
     def use(self, model, name=None, part=None):
@@ -1190,6 +1178,10 @@ class Stage:
 
     def step(self):
         self.allocator.step()
+
+    def penalty_alone(self):
+        self.optimizer.zero_grad()
+        orthogonality_penalty(self.model).backward()
 
     def last(self, key, change):
         state = self.optimizer.state[self.model.layers[1].dense.P]
@@ -1302,10 +1294,9 @@ REFUSED = [
     ("'layers.0.query.P' is torch.bfloat16, which is too coarse",
      lambda s: s.allocate(), lambda s: s.model.bfloat16()),
     # a step
-    ("no Lambda has a gradient. Call step.. after optimizer.step.. and before", Stage.step,
+    ("the loss reaches no adapter: no Lambda has a gradient. Call .* and before", Stage.step,
      lambda s: s.optimizer.zero_grad()),
-    ("the loss reaches no adapter: .*use_reentrant=False", Stage.step,
-     lambda s: s.start("AdamW", reentrant=True)),
+    ("With reentrant checkpointing, pass use_reentrant=False", Stage.step, Stage.penalty_alone),
     ("the optimizer does not hold .'layers.0.query.P'.; .*assign=True", Stage.step, Stage.replace),
     ("the optimizer's 'prev' of 'layers.0.query.P', a Tensor .* cannot follow when ranks .*AdamW",
      Stage.step, lambda s: s.start(torch.optim.Rprop)),
@@ -1343,7 +1334,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm", "ignore:None of the inputs have requires_grad")
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row[row[0] == "late"][:40])
 def test_what_is_refused_has_changed_nothing(row, tmp_path):
     """A ValueError says what is wrong. Weights, gradients, states and modules are as they were."""
