@@ -40,12 +40,11 @@ k               k               integer             ranks pruned plus added per 
 
 import json
 import math
-import tempfile
 import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -110,13 +109,13 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     layers = _adapted(model)
     same_shape = defaultdict(list)  # few large operations are faster than many small ones
     for layer in layers.values():
-        for rows in (layer.P.T, layer.Q):  # (r, d), to be orthonormal
+        for rows in (layer.P.mT, layer.Q):  # (r, d), to be orthonormal
             same_shape[rows.shape, rows.device].append(rows)
     R = []
     for (shape, device), group in same_shape.items():
         A = torch.stack(group)  # (n, r, d)
         I = torch.eye(shape[0], device=device)  # (r, r)
-        with _without_autocast(device):  # bfloat16 is too coarse here
+        with torch.autocast(device.type, enabled=False):  # bfloat16 is too coarse here
             gram = A @ A.mT  # (n, r, r)
         R.append((gram - I).square().sum())
     return sum(x.to(R[0].device) for x in R) / len(layers)
@@ -380,10 +379,11 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
     names other modules, or if the model has adapters already.
     """
     inner = _unwrapped(model)
+    _warn_of_experts(inner)
     targets = _matching(inner, target_modules, "target_modules")
     saved = _matching(inner, modules_to_save, "modules_to_save")
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
-    _check_injection(inner, targets, saved, ranks, alpha, dropout)
+    _check_injection(inner, targets, saved, ranks)
     seed = int(torch.randint(2**62, (), device="cpu"))
     layers: dict[nn.Module, SVDLinear] = {}
     for name, base_layer in targets.items():
@@ -423,17 +423,15 @@ def parameter_groups(model: nn.Module, lr: float, lambda_rate: float | None = No
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block, adapted layers compute what their base layers do, as DPO's reference does.
-
-    Whatever else was trained stays as it is.
-    """
-    before = {layer: layer.disabled for layer in _adapted(model).values()}
+    Whatever else was trained stays as it is."""
+    enabled = [layer for layer in _adapted(model).values() if not layer.disabled]
+    for layer in enabled:
+        layer.disabled = True
     try:
-        for layer in before:
-            layer.disabled = True
         yield model
     finally:
-        for layer, disabled in before.items():
-            layer.disabled = disabled
+        for layer in enabled:
+            layer.disabled = False
 
 
 @torch.no_grad()
@@ -467,7 +465,12 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     changed = [f"{name}.{part}" for name in _adapted(inner) for part in (*RANK_DIM, "scaling")]
     changed += [name for name, w in inner.named_parameters(remove_duplicate=False)
                 if w.requires_grad]
-    changed = {_plain_name(name) for name in (*changed, *_trained_modules(inner))}
+    for name, module in inner.named_modules(remove_duplicate=False):
+        trained = [w.requires_grad for w in module.parameters()]
+        moves = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        if moves or trained and all(trained):
+            changed.append(name)  # with its buffers
+    changed = {_plain_name(name) for name in changed}
     state = {_plain_name(key): x for key, x in inner.state_dict().items()}
     state = {key: x.clone() for key, x in state.items() if _is_in(key, changed)}
     _check_whole(state.values())
@@ -477,38 +480,32 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Restores adapter_state_dict() into a model with the same modules injected, at any ranks.
 
-    What this model has frozen is loaded, too, and stays frozen. Raises ValueError, before any
-    change, if a tensor is missing, unknown or has a wrong shape.
+    What this model has frozen is loaded, too, and stays frozen. Raises ValueError, and leaves the
+    model as it was, if a tensor is missing, unknown or has a wrong shape.
     """
     inner = _unwrapped(model)
-    own, shapes = {}, {}  # plain name -> key, shape
-    for key, x in inner.state_dict().items():
-        own[_plain_name(key)], shapes[_plain_name(key)] = key, x.shape
-    wrong = (adapter_state_dict(inner).keys() - state.keys()) | (state.keys() - own.keys())
+    known = {_plain_name(key) for key in inner.state_dict()}
+    wrong = (adapter_state_dict(inner).keys() - state.keys()) | (state.keys() - known)
     _require(not wrong, f"missing in the state, or unknown to the model: {sorted(wrong)[:8]}")
-    for name, layer in inner.named_modules(remove_duplicate=False):
-        if isinstance(layer, SVDLinear):
-            rank = state[_plain_name(f"{name}.Lambda")].numel()
-            _check_layer(repr(name), layer.base_layer, rank)
-            for factor, shape in _shapes(layer.base_layer, rank).items():
-                shapes[_plain_name(f"{name}.{factor}")] = shape
-    for key, x in state.items():
-        _require(x.shape == shapes[key],
-                 f"{key} has shape {[*x.shape]}, the model needs {[*shapes[key]]}")
-    inner.load_state_dict({own[key]: x for key, x in state.items()}, strict=False)
+    before = {key: x.clone() for key, x in inner.state_dict().items() if _plain_name(key) in state}
+    try:
+        inner.load_state_dict({key: state[_plain_name(key)] for key in before}, strict=False)
+    except RuntimeError as error:
+        inner.load_state_dict(before, strict=False)
+        raise ValueError(f"the state does not fit the model: {error}") from error
 
 
+@torch.no_grad()
 def _resize_to_load(layer: SVDLinear, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
     """Lets load_state_dict() restore any rank. Torch then refuses what does not fit."""
     given = {f: state[prefix + f].shape for f in RANK_DIM if prefix + f in state}
-    rank = given.get("Lambda", layer.Lambda.shape).numel()
-    fits = given == _shapes(layer.base_layer, rank) and 1 <= rank <= layer.max_rank
-    for factor, shape in given.items() if fits else ():
-        w = getattr(layer, factor)
-        if w.shape != shape:
+    rank = given["Lambda"].numel() if "Lambda" in given else 0
+    fitting = {"P": (len(layer.P), rank), "Lambda": (rank,), "Q": (rank, layer.Q.shape[1])}
+    if given == fitting and 1 <= rank <= layer.max_rank and rank != layer.rank:
+        for factor, shape in given.items():
+            w = getattr(layer, factor)
             w.grad = None
-            with torch.no_grad():
-                w.set_(w.new_empty(shape))
+            w.set_(w.new_empty(shape))
 
 
 @torch.no_grad()
@@ -522,9 +519,11 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
     """
     from safetensors.torch import save_file
     inner = _unwrapped(model)
-    layers = _adapted(inner)
-    modules = dict(inner.named_modules(remove_duplicate=False))
-    saved = _modules_to_save(inner)
+    layers = {_plain_name(name): layer for name, layer in _adapted(inner).items()}
+    modules = {_plain_name(name): module
+               for name, module in inner.named_modules(remove_duplicate=False)}
+    owners = {key.rpartition(".")[0] for key in adapter_state_dict(inner)} - layers.keys()
+    saved = sorted(name for name in owners if not _is_in(name, owners - {name}))
     whole = [name for name in modules if name.endswith(tuple(saved))]  # as PEFT matches names
     _check_names(layers, modules, whole)
     first = next(iter(layers.values()))
@@ -541,55 +540,25 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
         tensors |= modules[name].state_dict(prefix=f"{name}.")
     tensors = {f"base_model.model.{_plain_name(key)}": x.contiguous().clone()
                for key, x in tensors.items()}
-    kind = next(c for c in type(inner).__mro__ if "torch.distributed" not in c.__module__)  # FSDP's
-    is_causal_lm = kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    is_causal_lm = type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     config = dict(
         peft_type="LORA", task_type="CAUSAL_LM" if is_causal_lm else None, r=r,
         lora_alpha=scaling * r, lora_dropout=first.dropout.p,
-        base_model_name_or_path=base_model_name,
-        target_modules=[_plain_name(name) for name in layers],
-        modules_to_save=[_plain_name(name) for name in saved] or None,
-        fan_in_fan_out=any(_is_conv1d(layer.base_layer) for layer in layers.values()),
-        auto_mapping=dict(base_model_class=kind.__name__, parent_library=kind.__module__))
+        base_model_name_or_path=base_model_name, target_modules=[*layers],
+        modules_to_save=saved or None,
+        fan_in_fan_out=any(_is_conv1d(layer.base_layer) for layer in layers.values()))
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as own:  # several processes may export at once
-        save_file(tensors, f"{own}/adapter_model.safetensors")
-        Path(own, "adapter_config.json").write_text(json.dumps(config, indent=1))
-        for file in ("adapter_model.safetensors", "adapter_config.json"):
-            Path(own, file).replace(folder / file)
-
-
-def _trained_modules(model: nn.Module) -> list[str]:
-    """The outermost modules that are trained in full, and batch norms: their statistics move."""
-    names: list[str] = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        trained = [w.requires_grad for w in module.parameters()]
-        moves = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-        if (moves or trained and all(trained)) and not _is_in(name, names):
-            names.append(name)
-    return names
-
-
-def _modules_to_save(model: nn.Module) -> list[str]:
-    """The outermost modules around all that is trained and is not an adapter."""
-    names = _trained_modules(model)
-    for key, w in model.named_parameters(remove_duplicate=False):
-        owner = key.rpartition(".")[0]
-        if w.requires_grad and not isinstance(model.get_submodule(owner), SVDLinear):
-            names.append(owner)
-    return sorted(name for name in set(names) if not _is_in(name, set(names) - {name}))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
 
 def _check_names(layers: Mapping[str, SVDLinear], modules: Mapping[str, nn.Module],
                  whole: Sequence[str]) -> None:
     places = [name for name, module in modules.items() if isinstance(module, SVDLinear)]
-    ends = tuple(f".{name}" for name in layers)
-    alike = [name for name in modules if name.endswith(ends) and name not in layers]
     inside = [name for name in layers if _is_in(name, whole)]
     _require("" not in layers and "" not in whole, "PEFT cannot name the model itself")
     _require(places == [*layers], f"PEFT cannot name {[*places]}: a layer stands in two places")
-    _require(not alike, f"PEFT would adapt {alike}, too: the name ends like an adapted one's")
     _require(not inside, f"PEFT cannot adapt {inside}: PEFT saves the whole module around it")
 
 
@@ -618,7 +587,7 @@ def _add_product(y: Tensor, h: Tensor, P: Tensor) -> Tensor:
     """y + h P' in one operation, which saves some 5% of a training step on a CPU. All are cast to
     the type of y, (..., d_out)."""
     P_T = P.T.contiguous().to(y.dtype)  # (r, d_out); contiguous for a fast backward
-    with _without_autocast(y.device):
+    with torch.autocast(y.device.type, enabled=False):
         product = torch.addmm(y.reshape(-1, len(P)), h.reshape(-1, P.shape[1]), P_T)
     return product.view_as(y)
 
@@ -654,21 +623,11 @@ def _turned(base: nn.Module, delta: Tensor) -> Tensor:
     return delta.T if _is_conv1d(base) else delta
 
 
-def _shapes(base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
-    d_out, d_in = _sizes(base)
-    return {"P": (d_out, rank), "Lambda": (rank,), "Q": (rank, d_in)}
-
-
 def _is_plain(layer: SVDLinear) -> bool:
     """Whether the base's weight is a matrix of numbers that can be added to."""
     weight = layer.base_layer._parameters.get("weight")  # weight_norm() takes it out of there
-    plain = type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
-    if not plain or weight.element_size() < 2:  # float8 would need its scale
-        return False
-    delta = _turned(layer.base_layer, layer.P[:, :1] * layer.Q[:1])
-    _require(weight.shape == delta.shape, f"a base weight became {[*weight.shape]}, its update is "
-             f"{[*delta.shape]}; resize the model (add tokens) before inject()")
-    return True
+    return (type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
+            and weight.dim() == 2 and weight.element_size() > 1)  # float8 would need its scale
 
 
 # ---- What RankAllocator reads and writes ----
@@ -688,6 +647,8 @@ def _averages(optimizer: torch.optim.Optimizer, w: Tensor) -> tuple[Tensor, Tens
     state = optimizer.state.get(w, {})
     if "I_bar" not in state:
         return torch.zeros_like(w), torch.zeros_like(w)
+    _require(state["I_bar"].shape == w.shape, "the averages have other ranks than the model: "
+             "ranks were loaded without the optimizer's state")
     return state["I_bar"], state["U_bar"]
 
 
@@ -719,12 +680,8 @@ def _update_states(allocator: RankAllocator) -> None:
 def _scores_on_host(allocator: RankAllocator) -> dict[str, list[float]]:
     """Module name -> S_i, of the layers whose factors are all trained."""
     _check_states(allocator)
-    optimized = _optimized(allocator.optimizer)
-    S = {}
-    for name, importance in allocator.importance().items():
-        factors = allocator.layers[name].parameters(recurse=False)
-        if all(w.requires_grad and w in optimized for w in factors):
-            S[name] = importance
+    S = {name: importance for name, importance in allocator.importance().items()
+         if all(w.requires_grad for w in allocator.layers[name].parameters(recurse=False))}
     if not S:
         return {}
     device = next(iter(S.values())).device
@@ -749,12 +706,6 @@ def _keys_per_weight(state: Mapping) -> list[str]:
     return [key for key, value in state.items() if getattr(value, "ndim", 0)]
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager:
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
 # ---- Names and modules ----
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model within the wrappers of torch.compile and DistributedDataParallel."""
@@ -768,9 +719,7 @@ def _adapted(model: nn.Module) -> dict[str, SVDLinear]:
     modules = _unwrapped(model).named_modules()
     layers = {name: module for name, module in modules if isinstance(module, SVDLinear)}
     _require(bool(layers), "the model has no SVDLinear; call inject(model, ...) first")
-    for name, layer in layers.items():
-        _check_layer(repr(name), layer.base_layer, layer.rank)
-        _check_whole([layer.P])
+    _check_whole(layer.P for layer in layers.values())
     return layers
 
 
@@ -790,27 +739,23 @@ def _matching(model: nn.Module, names: Sequence[str], argument: str) -> dict[str
     _require(not isinstance(names, str), f"{argument} must be a list, got the string {names!r}")
     modules = dict(model.named_modules())
     linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Linear)}
-    stacked = {name.rpartition(".")[2] for name in _stacked(model)}
-    hint = f"linear layers end in {', '.join(sorted(linear)[:12])}"
-    if stacked:
-        hint += f"; {', '.join(sorted(stacked))} are stacked in 3 dimensions, not to be adapted"
     found = set()
     for wanted in names:
         matches = {name for name in modules if name and f".{name}".endswith(f".{wanted}")}
-        _require(bool(matches),
-                 f"{argument}: {wanted!r} matches no module (it is a name, no pattern); {hint}")
+        _require(bool(matches), f"{argument}: {wanted!r} matches no module (it is a name, no "
+                 f"pattern); linear layers end in {', '.join(sorted(linear)[:12])}")
         found |= matches
     return {name: module for name, module in modules.items() if name in found}
 
 
-def _stacked(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter of three dimensions, as the experts of Mixtral and Qwen3-MoE are."""
-    stacked = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.modules.conv._ConvNd):
-            own = module.named_parameters(name, recurse=False)
-            stacked |= {full: w for full, w in own if w.ndim == 3 and len(w) > 1}
-    return stacked
+def _warn_of_experts(model: nn.Module) -> None:
+    """The experts of Mixtral and Qwen3-MoE, for example, are parameters of three dimensions."""
+    stacked = {w for module in model.modules() if not isinstance(module, nn.modules.conv._ConvNd)
+               for w in module.parameters(recurse=False) if w.ndim == 3 and len(w) > 1}
+    share = sum(w.numel() for w in stacked) / max(1, sum(w.numel() for w in model.parameters()))
+    if share > 0.1:
+        warnings.warn(f"{share:.0%} of the weights are stacked in 3 dimensions, as experts are; "
+                      "they cannot be adapted", stacklevel=3)
 
 
 # ---- Checks of input ----
@@ -828,9 +773,8 @@ def _check_integers(owner: object, **least: int) -> None:
 
 def _check_layer(name: str, layer: nn.Module, rank: int, alpha: float = 1, dropout: float = 0
                  ) -> None:
-    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     _require(isinstance(layer, nn.Linear) or _is_conv1d(layer),
-             f"{name} must be a torch.nn.Linear, not a {kind}")
+             f"{name} must be a torch.nn.Linear, not {type(layer)}")
     _require(layer.weight.dim() == 2, f"{name} is in flat shards (FSDP 1, ZeRO-3); use FSDP 2: "
              "fully_shard(module, ignored_params=what is trained)")
     limit = min(_sizes(layer))
@@ -841,27 +785,20 @@ def _check_layer(name: str, layer: nn.Module, rank: int, alpha: float = 1, dropo
 
 
 def _check_injection(model: nn.Module, targets: Mapping[str, nn.Module],
-                     saved: Mapping[str, nn.Module], ranks: Mapping[str, int], alpha: float,
-                     dropout: float) -> None:
+                     saved: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> None:
     for module in model.modules():
-        _require(not isinstance(module, SVDLinear),
-                 "the model is adapted already; merge() it, or load it again")
-        _require(not type(module).__module__.startswith("peft."),
-                 "the model has adapters of PEFT; merge them first, with merge_and_unload()")
+        is_adapter = isinstance(module, SVDLinear) or type(module).__module__.startswith("peft.")
+        _require(not is_adapter, "the model has adapters already, of this file or of PEFT; merge "
+                 "them first, or load the model again")
     _require(bool(targets) and ranks.keys() == targets.keys(),
              f"no targets, or the rank map names other modules: {sorted(ranks.keys() ^ targets)}")
     trained = {w for module in saved.values() for w in module.parameters()}
     for name, module in targets.items():
-        _check_layer(repr(name), module, ranks[name], alpha, dropout)
+        _check_layer(repr(name), module, ranks[name])
         _require(not module.weight.is_meta, f"the weight of {name!r} is on the meta device: it was "
                  "offloaded, or not loaded yet; load the whole model first")
         _require(trained.isdisjoint(module.parameters()), f"{name!r} would be both adapted and "
                  "saved; name it in one list only (tied weights count as one)")
-    stacked = sum(w.numel() for w in _stacked(model).values())
-    share = stacked / sum(w.numel() for w in model.parameters())
-    if share > 0.1:
-        warnings.warn(f"{share:.0%} of the weights are stacked in 3 dimensions, as experts are; "
-                      "they cannot be adapted", stacklevel=3)
 
 
 def _check_whole(trained: Iterable[Tensor]) -> None:
@@ -903,31 +840,25 @@ def _check_allocator(allocator: RankAllocator) -> None:
 
 def _check_step(allocator: RankAllocator) -> None:
     """All that can be told without waiting for a device."""
-    t, schedule, optimizer = allocator.t, allocator.schedule, allocator.optimizer
+    t, schedule = allocator.t, allocator.schedule
     if t == schedule.total_steps:
         warnings.warn(f"step() is called more often than total_steps = {t}; call it once per "
                       "optimizer step, not for every micro-batch", stacklevel=3)
     if t >= schedule.search_end:
         return
-    factors, optimized = _factors(allocator), _optimized(optimizer)
-    _require(any(w.grad is not None for w in factors.values()),
-             "no gradients: call step() after optimizer.step() and before zero_grad()")
-    for name, w in factors.items():  # at every step: messages are made only if they are needed
-        if w.grad is not None and w not in optimized:
-            raise ValueError(f"{name!r} is not the parameter that the optimizer holds; make "
-                             "optimizer and allocator after loading with assign=True")
-        average = optimizer.state.get(w, {}).get("I_bar", w)
-        if average.shape != w.shape:
-            raise ValueError(f"{name!r} has shape {[*w.shape]}, its average {[*average.shape]}: "
-                             "ranks were loaded without the optimizer's state")
+    factors, optimized = _factors(allocator), _optimized(allocator.optimizer)
+    others = [name for name, w in factors.items() if w.grad is not None and w not in optimized]
+    _require(not others, f"the optimizer does not hold {others[:1]}; make optimizer and allocator "
+             "after loading with assign=True")
+    # Lambda has a gradient from the loss alone; P and Q have one from the penalty, too.
+    Lambdas = {name: w for name, w in factors.items() if w.ndim == 1 and w.requires_grad}
+    missed = [name for name, w in Lambdas.items() if w.grad is None]
+    _require(not missed or len(missed) < len(Lambdas), "the loss reaches no adapter: no Lambda has "
+             "a gradient. Call step() after optimizer.step() and before zero_grad(). With "
+             "reentrant checkpointing, pass use_reentrant=False")
     if t == 0:
         _check_states(allocator)
-        # Lambda has a gradient from the loss alone; P and Q have one from the penalty, too.
-        Lambdas = {name: w for name, w in factors.items() if w.ndim == 1 and w.requires_grad}
-        missed = [name for name, w in Lambdas.items() if w.grad is None]
         if missed:
-            _require(len(missed) < len(Lambdas), "the loss reaches no adapter: no Lambda has a "
-                     "gradient. With reentrant checkpointing, pass use_reentrant=False")
             warnings.warn(f"the loss reaches {len(Lambdas) - len(missed)} of {len(Lambdas)} "
                           f"adapters, but not {missed[0]!r}: is it called?", stacklevel=3)
 

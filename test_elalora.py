@@ -12,12 +12,10 @@ import io
 import itertools
 import json
 import os
-import pickle
 import re
 import sys
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 from importlib import import_module
@@ -33,7 +31,6 @@ from hypothesis.stateful import (RuleBasedStateMachine, initialize, invariant, p
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import elalora
 from elalora import (RANK_DIM, SHAPES, Adjustment, RankAllocator, RankSchedule, SVDLinear,
@@ -74,7 +71,6 @@ class Block(nn.Module):
 
 class Net(nn.Module):
     """Two blocks of 6 -> 5 -> 6, a norm and a head; a matrix to adapt has at most 5 ranks."""
-    reentrant = None  # or a bool, for checkpointing of that kind
 
     def __init__(self, seed=0, norm=nn.LayerNorm):
         super().__init__()
@@ -84,8 +80,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         for layer in self.layers:
-            plain = self.reentrant is None
-            x = layer(x) if plain else checkpoint(layer, x, use_reentrant=self.reentrant)
+            x = layer(x)
         return self.head(self.norm(x))
 
 
@@ -249,13 +244,6 @@ def train_step(model, optimizer, allocator, step=0, overflow=False, parts=1, to_
     return adjustment
 
 
-def adjusted(model, optimizer, allocator, step=0):
-    """A training step in which ranks move."""
-    adjustment = train_step(model, optimizer, allocator, step)
-    assert adjustment.pruned and adjustment.expanded
-    return adjustment
-
-
 def test_elalora_needs_torch_alone():
     """It imports the standard library and torch, and in export_peft alone safetensors."""
     source = Path(elalora.__file__).read_text()
@@ -323,10 +311,8 @@ def test_default_device_and_dtype_do_not_matter():
     with torch.device("meta"):
         layer = SVDLinear(nn.Linear(6, 5, device="cpu"), 2)
         resize(layer, [0, 1], 2, torch.Generator("cpu"), {})
-        meta = SVDLinear(nn.Linear(6, 5), 2)
     assert orthogonality_penalty(layer).item() < 1e-10 and layer.scaling.item() == 8
     assert {w.dtype for w in factors(layer)} == {torch.float32}
-    assert meta.P.is_meta and meta.scaling.is_meta and orthogonality_penalty(meta).is_meta
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -347,31 +333,17 @@ def test_factors_are_float32_and_the_output_has_the_dtype_of_the_bases(dtype, au
 
 
 # ---- Section 3.1: what reads a weight in place of calling the layer ----
-class Reader(nn.Module):
-    """Computes with a weight and a bias, as Mamba does. Reads a dtype and then calls, as T5."""
-
-    def __init__(self):
-        super().__init__()
-        self.dt_proj, self.wo = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
-
-    def forward(self, x):
-        x = torch.sigmoid(x @ self.dt_proj.weight.mT + self.dt_proj.bias) * x
-        return self.wo(x.to(self.wo.weight.dtype))
-
-
 PARENTS = {
-    "reader": (Reader, ["dt_proj", "wo"]),
     "attention": (lambda: nn.MultiheadAttention(6, 2, batch_first=True), ["out_proj"]),
     "encoder": (lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True),
                 ["out_proj", "linear1", "linear2"]),
 }
 
 
-@pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("parent, names", PARENTS.values(), ids=PARENTS)
-def test_a_weight_that_is_read_is_the_merged_one(parent, names, train):
+def test_a_weight_that_is_read_is_the_merged_one(parent, names):
     """Output and gradients are those of the merged model, in the fast path of inference, too."""
-    model = randomized(inject(parent(), names, 2)).train(train)
+    model = randomized(inject(parent(), names, 2)).eval()
     merged = merge(copy.deepcopy(model)).requires_grad_(True)
     arguments = [torch.randn(2, 3, 6)] * (3 if "attention" in type(model).__name__.lower() else 1)
     output = lambda model: torch.hstack([*model(*arguments)[:1]])
@@ -466,21 +438,13 @@ def test_a_layer_in_two_places_stays_one_layer():
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
 
 
-def experts():
-    """Two experts in one parameter of three dimensions, beside an attention."""
-    model = nn.ModuleDict({"q_proj": nn.Linear(6, 3)})
-    model.gate_up_proj = nn.Parameter(torch.ones(2, 6, 6))
-    return model
-
-
 def test_experts_that_cannot_be_adapted_are_told_of():
-    """Where attention alone matches, inject() warns with the share of weights that is left."""
-    with pytest.warns(UserWarning, match="77% of the weights are stacked in 3 dim") as told:
-        inject(experts(), ["q_proj"], 2)  # 72 of 72 + 21
+    """inject() warns with the share of the weights that it cannot adapt. A convolution is none."""
+    model = nn.ModuleDict({"q": nn.Linear(6, 3), "conv": nn.Conv1d(1, 6, 3)})
+    model.gate_up_proj = nn.Parameter(torch.ones(2, 6, 6))
+    with pytest.warns(UserWarning, match="62% of the weights are stacked in 3 dim") as told:
+        inject(model, ["q"], 2)  # 72 of 72 + 21 + 24
     assert [warning.filename for warning in told] == [__file__]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a convolution's weight is no stack of matrices
-        inject(nn.ModuleDict({"conv": nn.Conv1d(6, 6, 3), "q": nn.Linear(6, 3)}), ["q"], 2)
 
 
 @pytest.fixture
@@ -512,8 +476,7 @@ def test_a_base_may_be_sharded_but_no_adapter(before, process_group):
             loss_of(net, step).backward()
             optimizer.step()
             assert allocator.step().expanded
-    state = adapter_state_dict(whole)
-    assert_same(adapter_state_dict(model), state)
+    assert_same(adapter_state_dict(model), adapter_state_dict(whole))
     weight = model.layers[0].query.weight
     assert hasattr(model.layers[0].query.base_layer.weight, "to_local")
     assert (weight.shape, weight.dtype) == ((5, 6), torch.float32)
@@ -522,10 +485,7 @@ def test_a_base_may_be_sharded_but_no_adapter(before, process_group):
     model, head = adapted_net(), adapted_net()
     fsdp.fully_shard(model, mesh=mesh)
     fsdp.fully_shard(head.head, mesh=mesh)
-    load = lambda model: load_adapter_state_dict(model, state)
-    of_head = (training, adapter_state_dict)
-    of_all = (*of_head, orthogonality_penalty, merge, load)
-    for net, call in [(head, call) for call in of_head] + [(model, call) for call in of_all]:
+    for call, net in [(training, head), (adapter_state_dict, head), (orthogonality_penalty, model)]:
         with pytest.raises(ValueError, match="a trained parameter is sharded; .*ignored_params="):
             call(net)
 
@@ -746,8 +706,8 @@ def test_the_budget_is_equation_5_exactly(schedule, shape):
 
 # ---- Algorithm 1 ----
 class Training(RuleBasedStateMachine):
-    """Steps, skipped steps and freezing in any order keep the invariants. A twin that is saved,
-    resumed and copied at random moments equals the run that is not, bit for bit."""
+    """Steps, skipped steps and freezing in any order keep the invariants. A twin that is saved
+    and resumed at random moments equals the run that is not, bit for bit."""
 
     @initialize(ranks=rank_lists, k=st.integers(1, 3), b=st.integers(1, 4), seed=st.integers(0, 99),
                 interval=st.integers(1, 2), optimizer=st.sampled_from(sorted(OPTIMIZERS)),
@@ -822,19 +782,6 @@ class Training(RuleBasedStateMachine):
         remember(resumed, allocator)
         self.set_frozen(self.frozen)
 
-    @rule(pickled=st.booleans())
-    def copy_all(self, pickled):
-        """A copy of everything trains on as the original would."""
-        self.twin = pickle.loads(pickle.dumps(self.twin)) if pickled else copy.deepcopy(self.twin)
-        remember(self.twin[0], self.twin[2])
-
-    @rule()
-    def merge_a_copy(self):
-        model, merged = (copy.deepcopy(self.run[0]).eval() for _ in range(2))
-        x = randn(3, 6)
-        assert not adapted_layers(merge(merged))
-        torch.testing.assert_close(merged(x), model(x), rtol=1e-4, atol=1e-4)
-
     @invariant()
     def the_twins_are_equal(self):
         (model, optimizer, allocator), (twin, twin_optimizer, twin_allocator) = self.run, self.twin
@@ -889,67 +836,6 @@ def test_averages_move_until_the_search_ends_and_steps_are_counted_on():
     with pytest.warns(UserWarning, match="more often than total_steps = 9; .* not for") as told:
         allocator.step()
     assert allocator.t == 10 and [warning.filename for warning in told] == [__file__]
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
-    """Recomputed activations see the factors as they are after adjustments."""
-    model = adapted_net()
-    optimizer, allocator = training(model)
-    for step in range(3):
-        gradients = []
-        for model.reentrant in (reentrant, None):
-            optimizer.zero_grad()
-            loss_of(model, step).backward()
-            gradients.append([w.grad for w in trainable(model)])
-        torch.testing.assert_close(*gradients)
-        optimizer.step()
-        assert allocator.step().expanded
-
-
-def test_compiled_models_follow_adjustments():
-    """torch.compile(dynamic=True) gives the eager output before and after ranks moved."""
-    model = inject(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)), ["0", "1"], 2)
-    compiled, ranks = torch.compile(model, dynamic=True, backend="aot_eager"), []
-    optimizer, allocator = training(model, b=1, k=1)
-    for _ in range(2):
-        ranks.append(allocator.ranks())
-        x = torch.randn(4, 6)
-        torch.testing.assert_close(compiled(x), model(x))
-        compiled(x).square().sum().backward()
-        optimizer.step()
-        allocator.step()
-        optimizer.zero_grad()
-    assert ranks[0] != ranks[1]
-
-
-@pytest.mark.parametrize("base, autocast", [("bfloat16", None), ("bfloat16", torch.bfloat16),
-                                            ("float32", torch.float16)])
-def test_low_precision_training_follows_float32(base, autocast, device):
-    """The loss falls alike, and factors stay float32. With float16 the first steps overflow."""
-
-    def losses(dtype, autocast=None):
-        model = inject(Net().to(dtype), ["query", "dense"], 2, modules_to_save=["head"])
-        optimizer, allocator = training(model, schedule=RankSchedule(20, 4, 6, 5, 2))
-        scaler = torch.amp.GradScaler(device, 2.0**24, backoff_factor=2.0**-8,
-                                      enabled=autocast == torch.float16)
-        x, found = randn(8, 6, seed=1), []
-        for _ in range(20):
-            with torch.autocast(device, autocast, enabled=bool(autocast)):
-                loss = model(x.to(dtype)).float().square().mean()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            assert_invariants(model, allocator, adapter_state_dict(model), allocator.step())
-            optimizer.zero_grad()
-            found.append(loss.item())
-        assert (found[0] == found[1]) == scaler.is_enabled()
-        assert model.layers[0].query.P.dtype == torch.float32
-        return np.array(found[scaler.is_enabled():][:19])
-
-    expected = losses(torch.float32)
-    assert expected[-1] < 0.8 * expected[0]
-    np.testing.assert_allclose(losses(getattr(torch, base), autocast), expected, rtol=0.2)
 
 
 def test_adapters_that_the_loss_does_not_reach_are_told_of_once():
@@ -1100,7 +986,8 @@ def test_disabled_adapters_leave_the_base():
 def by_hand(model, owner=""):
     """What users train beside adapters: a norm, a head that was replaced, a bare parameter."""
     model.norm.weight.requires_grad_(True)
-    model.head = nn.Linear(6, 2)
+    model.head = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    model.head.register_buffer("ema", torch.zeros(2))
     if owner is not None:
         model.get_submodule(owner).scale = nn.Parameter(torch.ones(3))
     return model
@@ -1109,18 +996,13 @@ def by_hand(model, owner=""):
 def test_what_is_trained_is_what_is_saved():
     """Factors and scalings, whatever else is trained, and moving statistics; copies of no more."""
     model = by_hand(adapted_net(norm=nn.BatchNorm1d, modules_to_save=[]))
-    model.head.register_buffer("ema", torch.zeros(2))
     keys = {f"{name}.{part}" for name in ADAPTED for part in (*RANK_DIM, "scaling")}
     keys |= {key for key in model.state_dict() if key.startswith(("head", "norm", "scale"))}
     assert adapter_state_dict(model).keys() == keys and {"norm.running_var", "head.ema"} <= keys
     assert adapter_state_dict(adapted_net(modules_to_save=[])).keys() == {
         key for key in keys if key.startswith("layers")}
-    optimizer, allocator = training(model)
-    for step in range(3):
-        adjusted(model, optimizer, allocator, step)
-    state = adapter_state_dict(model)
+    state = adapter_state_dict(randomized(model))
     other = by_hand(adapted_net(5, alpha=1.0, norm=nn.BatchNorm1d, modules_to_save=[]))
-    other.head.register_buffer("ema", torch.zeros(2))
     other.requires_grad_(False)  # for inference: it takes what it does not train
     load_adapter_state_dict(other, state)
     x = torch.randn(3, 6)
@@ -1135,23 +1017,35 @@ def test_what_is_trained_is_what_is_saved():
 def query_of_rank(r, **others):
     """Factors that agree on a rank, and some that do not."""
     shapes = {"P": (5, r), "Lambda": (r,), "Q": (r, 6)} | others
-    return {f"layers.0.query.{key}": shape and torch.zeros(shape) for key, shape in shapes.items()}
+    return {f"layers.0.query.{key}": torch.zeros(shape) for key, shape in shapes.items()}
 
 
-MISFITS = {"too many": query_of_rank(6), "none": query_of_rank(0), "no Q": query_of_rank(2, Q=None),
-           "P": query_of_rank(2, P=(5, 3)), "Lambda": query_of_rank(2, Lambda=(3,))}
+MISFITS = {
+    "too many": query_of_rank(6), "none": query_of_rank(0), "P": query_of_rank(2, P=(5, 3)),
+    "Lambda": query_of_rank(2, Lambda=(3,)), "head": {"head.bias": torch.zeros(7)},
+    "unknown": {"layers.9.P": torch.zeros(1)}}
 
 
 @pytest.mark.parametrize("wrong", MISFITS.values(), ids=MISFITS)
-@pytest.mark.parametrize("strict", [True, False])
-def test_plain_load_state_dict_refuses_factors_that_do_not_fit_each_other(wrong, strict):
-    """They are named, and the layer that they are of has its ranks and its numbers."""
-    state, model = {**adapted_net(3, seed=1).state_dict(), **wrong}, adapted_net(1)
-    layer = model.layers[0].query
-    before = copy.deepcopy(factors(layer))
-    with pytest.raises(RuntimeError, match="layers.0.query"):
-        model.load_state_dict({key: x for key, x in state.items() if x is not None}, strict=strict)
-    assert_same(factors(layer), before)
+def test_a_state_that_does_not_fit_changes_nothing(wrong):
+    """load_adapter_state_dict() says what is wrong, and the whole model is as it was."""
+    model, state = adapted_net(1), adapter_state_dict(adapted_net(3, seed=1)) | wrong
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="layers.0.query.[PQ]|head.bias|layers.9.P"):
+        load_adapter_state_dict(model, state)
+    assert_same(model.state_dict(), before)
+
+
+def test_a_factor_alone_cannot_change_the_rank():
+    """Neither load_adapter_state_dict() nor a load_state_dict() that is not strict takes it."""
+    model, state = adapted_net(1), adapter_state_dict(adapted_net(3))
+    del state["layers.0.query.Q"]
+    before = copy.deepcopy(factors(model.layers[0].query))
+    with pytest.raises(ValueError, match="missing .*layers.0.query.Q"):
+        load_adapter_state_dict(model, state)
+    with pytest.raises(RuntimeError, match="layers.0.query.P"):
+        model.load_state_dict(state, strict=False)
+    assert_same(factors(model.layers[0].query), before)
 
 
 # ---- After training: export to PEFT ----
@@ -1171,16 +1065,8 @@ class Named(nn.Module):
         return self.overhead(x) + self.head(x) + self.embed(tokens)
 
 
-def named(*adapted, saved=()):
-    """Of which exactly these are adapted, at different ranks."""
-    names = [name for name in ("block.fc", "fc", "Xfc", "overhead")
-             if {name, name.rpartition(".")[2]} & {*adapted}]
-    ranks = {name: 1 + i for i, name in enumerate(names)}
-    model = inject(Named(), adapted, ranks, modules_to_save=saved)
-    for name, layer in adapted_layers(model).items():
-        if name not in adapted:
-            model.set_submodule(name, layer.base_layer)
-    return model
+def named(ranks, saved=()):
+    return inject(Named(), [*ranks], ranks, modules_to_save=saved)
 
 
 def checkpointed(model):
@@ -1208,9 +1094,9 @@ EXPORTS = {
     "DDP": lambda: nn.parallel.DistributedDataParallel(adapted_net()),
     "wrapped inside": lambda: checkpointed(adapted_net()),
     "Conv1D": gpt2_like,
-    "tied, head": lambda: named("Xfc", saved=["head"]),
-    "tied, embedding": lambda: named("Xfc", "block.fc", saved=["embed"]),
-    "tails": lambda: named("fc", "block.fc"),
+    "tied, head": lambda: named({"Xfc": 2}, ["head"]),
+    "tied, embedding": lambda: named({"block.fc": 1, "Xfc": 2}, ["embed"]),
+    "tails": lambda: named({"block.fc": 1, "fc": 2}),
 }
 
 
@@ -1229,9 +1115,8 @@ def assert_readers_agree(model, config, tensors):
         A, B = (array(tensors[f"base_model.model.{name}.lora_{x}.weight"]) for x in "AB")
         P, Lambda, Q = map(array, factors(layer))
         expected = layer.scaling.item() * P @ np.diag(Lambda) @ Q
-        for scale in (alpha / r, alpha / B.shape[1]):  # the file's r, or each tensor's own rank
-            error = np.linalg.norm(scale * B @ A - expected) / np.linalg.norm(expected)
-            assert error <= 2e-7
+        assert len(A) == B.shape[1] == r  # some read the file's, some each tensor's
+        assert np.linalg.norm(alpha / r * B @ A - expected) <= 2e-7 * np.linalg.norm(expected)
 
 
 @cpu_only
@@ -1262,8 +1147,6 @@ def test_peft_computes_what_the_exported_model_computes(build, tmp_path, process
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert_readers_agree(model, config, import_module("safetensors.torch").load_file(
         tmp_path / "adapter_model.safetensors"))
-    library = import_module(config["auto_mapping"]["parent_library"])
-    assert getattr(library, config["auto_mapping"]["base_model_class"]) is type(base)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     x = torch.randn(4, 6)
     expected = model.eval()(x)
@@ -1276,17 +1159,12 @@ def test_peft_computes_what_the_exported_model_computes(build, tmp_path, process
 
 
 @pytest.mark.parametrize("name", ["XForCausalLM", "XLMHeadModel", "XForTokenClassification"])
-def test_the_task_type_is_pefts_and_several_may_write(name, tmp_path, monkeypatch):
-    """By the name of the class. No process meets the temporary file of another; none is left."""
-    safetensors, paths, net = pytest.importorskip("safetensors.torch"), [], adapted_net()
-    save = safetensors.save_file
-    recorded = lambda tensors, path: (paths.append(path), save(tensors, path))
-    monkeypatch.setattr(safetensors, "save_file", recorded)
+def test_the_task_type_is_pefts(name, tmp_path):
+    """By the name of the class."""
+    pytest.importorskip("safetensors")
+    net = adapted_net()
     net.__class__ = type(name, (Net,), {})
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: export_peft(net, tmp_path, "base"), range(8)))
-    written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == ["adapter_config.json", "adapter_model.safetensors"] and len({*paths}) == 8
+    export_peft(net, tmp_path, "base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["task_type"] == ("CAUSAL_LM" if "LM" in name else None)
     assert config["modules_to_save"] == ["head"]
@@ -1301,9 +1179,9 @@ class Stage:
         self.folder, self.plain = folder, Net()
         self.start("AdamW", steps=1)
 
-    def start(self, optimizer, steps=0, reentrant=None):
+    def start(self, optimizer, steps=0):
         self.model = adapted_net()
-        self.query, self.model.reentrant = self.model.layers[0].query, reentrant
+        self.query = self.model.layers[0].query
         kind, options = OPTIMIZERS.get(optimizer, (optimizer, {}))
         self.optimizer = kind(trainable(self.model), **options)
         schedule = RankSchedule(100, steps, 1, 1, 2)
@@ -1315,8 +1193,7 @@ class Stage:
         self.backward()
 
     def backward(self):
-        x = randn(4, 6)  # needs no gradient, so reentrant checkpointing gives none inside
-        (self.model(x).square().sum() + 0.1 * orthogonality_penalty(self.model)).backward()
+        loss_of(self.model).backward()
         self.optimizer.step()
 
     def use(self, model, name=None, part=None):
@@ -1332,16 +1209,16 @@ class Stage:
         good = dict(optimizer=self.optimizer, schedule=RankSchedule(9, 0, 1, 1, 1), k=1)
         RankAllocator(self.model, **good | arguments)
 
-    def load(self, change):
-        state = adapter_state_dict(adapted_net(2, seed=1)) | change
-        load_adapter_state_dict(self.model, {k: x for k, x in state.items() if x is not None})
-
     def export(self):
         pytest.importorskip("safetensors")
         export_peft(self.plain, self.folder / "peft", "base")
 
     def step(self):
         self.allocator.step()
+
+    def penalty_alone(self):
+        self.optimizer.zero_grad()
+        orthogonality_penalty(self.model).backward()
 
     def last(self, key, change):
         state = self.optimizer.state[self.model.layers[1].dense.P]
@@ -1376,15 +1253,6 @@ class EightBit(torch.Tensor):
     """What an 8-bit optimizer keeps: of the parameter's shape, but no plain tensor."""
 
 
-class ScheduleFree(torch.optim.SGD):
-    """Keeps another point of every weight, which must start where the weight is."""
-
-    def step(self):
-        super().step()
-        for w in self.param_groups[0]["params"]:
-            self.state[w]["z"] = w.detach().clone()
-
-
 def of_module(module, name, base=nn.Module):
     """A module of a class as another library has it."""
     return type(name, (base,), dict(__module__=module, __qualname__=name))()
@@ -1395,70 +1263,58 @@ def beside(base):
     return inject(nn.ModuleDict(dict(plain=nn.Linear(6, 6), other=base)), ["plain", "other"], 2)
 
 
+def flat(linear=None):
+    """A linear layer as FSDP 1 and ZeRO-3 have it."""
+    linear = linear or nn.Linear(6, 5)
+    linear.weight.data = torch.empty(0)
+    return linear
+
+
 NAN, INF = float("nan"), float("inf")
-NOT_PLAIN = "the weight of 'other' is quantized, sharded, parametrized or on the meta device"
 
 # (message, call, what comes before it)
 REFUSED = [
-    ("base_layer must be a torch.nn.Linear, not a torch.nn.modules.sparse.Embedding",
-     lambda s: SVDLinear(nn.Embedding(6, 5), 1)),
-    ("the rank of base_layer must be .* 1..2, got 0", lambda s: SVDLinear(s.plain.head, 0)),
-    ("integer in 1..2, got 3", lambda s: SVDLinear(s.plain.head, 3)),
-    ("alpha must be a positive number, got 0", lambda s: SVDLinear(s.plain.head, 1, alpha=0)),
-    ("alpha .* got nan", lambda s: SVDLinear(s.plain.head, 1, alpha=NAN)),
-    ("alpha .* got inf", lambda s: SVDLinear(s.plain.head, 1, alpha=INF)),
-    (r"dropout must be in \[0, 1\), got 1", lambda s: SVDLinear(s.plain.head, 1, dropout=1)),
-    ("dropout .* got -0.1", lambda s: SVDLinear(s.plain.head, 1, dropout=-0.1)),
+    *[(f"{key} .*got {value}", lambda s, change={key: value}: SVDLinear(
+        **dict(base_layer=s.plain.head, rank=1) | change)) for key, values in dict(
+            rank=(0, 3, 2.0, True), alpha=(0, NAN, INF), dropout=(1, -0.1)).items()
+      for value in values],
+    ("base_layer must be a torch.nn.Linear, not <class 'awq.nn.Linear'>",
+     lambda s: SVDLinear(of_module("awq.nn", "Linear"), 1)),
     # inject
     (r"target_modules: 'qeury' matches no module .*end in dense, head, query$",
      lambda s: s.inject(target_modules=["query", "qeury"])),
-    ("a list, got the string 'query'", lambda s: s.inject(target_modules="query")),
     ("a list, got the string 'head'", lambda s: s.inject(modules_to_save="head")),
     ("'layers.1.dense' must be an integer in 1..5, got 9",
      lambda s: s.inject(rank=dict(zip(ADAPTED, (1, 1, 1, 9))))),
+    ("alpha .* got 0", lambda s: s.inject(alpha=0)),
     ("no targets", lambda s: s.inject(target_modules=[])),
-    ("'layers.0' must .* not a .*elalora.Block", lambda s: s.inject(target_modules=["layers.0"])),
-    ("'layers.0.query' must .* got 0", lambda s: s.inject(rank=0)),
-    ("'layers.0.query' must .* got 2.0", lambda s: s.inject(rank=2.0)),
-    ("'layers.0.query' must .* got True", lambda s: s.inject(rank=True)),
+    ("'layers.0' must .* not .*elalora.Block", lambda s: s.inject(target_modules=["layers.0"])),
     (r"other modules: \['layers.0.dense',", lambda s: s.inject(rank={"layers.0.query": 1})),
     (r"other modules: \['x'\]", lambda s: s.inject(rank=dict.fromkeys([*ADAPTED, "x"], 1))),
-    ("modules_to_save: 'haed' matches", lambda s: s.inject(modules_to_save=["haed"])),
-    ("'layers.0.dense' would be both", lambda s: s.inject(modules_to_save=["dense"])),
     ("'layers.1.query' would be both", lambda s: s.inject(modules_to_save=["layers.1"])),
-    ("alpha .* got 0", lambda s: s.inject(alpha=0)),
-    ("dropout .* got 1.5", lambda s: s.inject(dropout=1.5)),
     ("'out' would be both", lambda s: s.inject(target_modules=["out"], modules_to_save=["embed"]),
      lambda s: s.use(tied())),
-    ("the model has adapters of PEFT; merge them first", lambda s: s.inject(),
+    ("the model has adapters already", lambda s: s.inject(),
      lambda s: s.use(Net(), "lora", of_module("peft.tuners.lora", "Linear", nn.Identity))),
-    ("'q' must be a torch.nn.Linear, not a awq.nn.Linear", lambda s: s.inject(target_modules=["q"]),
-     lambda s: s.use(Net(), "q", of_module("awq.nn", "Linear"))),
+    ("the model has adapters already", lambda s: inject(s.model, ["head"], 1)),
+    ("'q' is in flat shards .*fully_shard", lambda s: s.inject(target_modules=["query", "q"]),
+     lambda s: s.use(Net(), "q", flat())),
     ("the weight of 'q' is on the meta device", lambda s: s.inject(target_modules=["query", "q"]),
      lambda s: s.use(Net(), "q", nn.Linear(6, 5, device="meta"))),
-    ("'w1' matches .*in q_proj; gate_up_proj are stacked in 3 dimensions, not to be adapted",
-     lambda s: s.inject(target_modules=["w1"]), lambda s: s.use(experts())),
-    ("the model is adapted already", lambda s: inject(s.model, ["head"], 1)),
-    # what needs inject(), and whole matrices
-    *[row for call in (merge, orthogonality_penalty, adapter_state_dict, training,
-                       lambda model: adapters_disabled(model).__enter__())
-      for row in [("call inject.model, .... first", lambda s, call=call: call(s.plain)),
-                  ("'layers.0.query' is in flat shards .*fully_shard",
-                   lambda s, call=call: call(s.model),
-                   lambda s: setattr(s.query.base_layer.weight, "data", torch.empty(0)))]],
+    # what needs inject()
+    *[("call inject.model, .... first", lambda s, call=call: call(s.plain))
+      for call in (merge, orthogonality_penalty, adapter_state_dict, training,
+                   lambda model: adapters_disabled(model).__enter__())],
     # resizing
-    (r"keep must have distinct ranks of 0..1, at least one, got \[\]",
-     lambda s: resize(s.query, [], 1, None, {})),
-    (r"keep .* got \[0, 0\]", lambda s: resize(s.query, [0, 0], 0, None, {})),
-    (r"keep .* got \[1, 2\]", lambda s: resize(s.query, [1, 2], 0, None, {})),
-    ("the rank of the resized layer must .* 1..5, got 6",
-     lambda s: resize(s.query, [0, 1], 4, None, s.optimizer.state)),
+    *[(message, lambda s, keep=keep, n=n: resize(s.query, keep, n, None, s.optimizer.state))
+      for message, keep, n in [
+        (r"keep must have distinct ranks of 0..1, at least one, got \[\]", [], 1),
+        (r"keep .* got \[0, 0\]", [0, 0], 0), (r"keep .* got \[1, 2\]", [1, 2], 0),
+        ("the rank of the resized layer must .* 1..5, got 6", [0, 1], 4)]],
     # the schedule
     *[(message, lambda s, numbers=numbers: RankSchedule(*numbers)) for message, numbers in [
         ("total_steps must hold .*total_steps=10, warmup_steps=5", (10, 5, 5, 1, 1)),
-        ("total_steps must hold", (10, 1, 5, 5, 1)), ("total_steps must hold", (10, 20, 5, 1, 1)),
         ("total_steps must be an integer >= 1, got 10.5", (10.5, 1, 5, 1, 2)),
-        ("total_steps must be an integer >= 1, got 0", (0, 0, 0, 1, 2)),
         ("warmup_steps must be an integer >= 0, got True", (10, True, 5, 1, 2)),
         ("warmup_steps .* got -1", (10, -1, 5, 1, 1)),
         ("stabilize_steps must be an integer >= 0, got -5", (10, 1, -5, 1, 1)),
@@ -1467,8 +1323,7 @@ REFUSED = [
         ("shape must be one of cubic, .*, got 'cubical'", (10, 1, 5, 1, 2, "cubical"))]],
     # the allocator
     *[(f"{key} .*must be .*, got {value}", lambda s, change={key: value}: s.allocate(**change))
-      for key, values in dict(k=(0, 1.5, True), min_rank=(0, 1.5, True), beta1=(0.0, 1.0),
-                              beta2=(0.0, 1.0)).items() for value in values],
+      for key, value in [("k", 0), ("min_rank", 0), ("beta1", 0.0), ("beta2", 1.0)]],
     ("the optimizer does not hold 'layers.0.query.P'; .* one for all adapters",
      lambda s: s.allocate(optimizer=torch.optim.SGD(s.model.head.parameters()))),
     ("initial_accumulator_value must be 0", lambda s: s.allocate(optimizer=torch.optim.Adagrad(
@@ -1476,62 +1331,47 @@ REFUSED = [
     ("'layers.0.query.P' is torch.bfloat16, which is too coarse",
      lambda s: s.allocate(), lambda s: s.model.bfloat16()),
     # a step
-    ("no gradients: call step.. after optimizer.step.. and before", Stage.step,
+    ("the loss reaches no adapter: no Lambda has a gradient. Call .* and before", Stage.step,
      lambda s: s.optimizer.zero_grad()),
-    ("'layers.0.query.P' is not the parameter that the optimizer holds", Stage.step, Stage.replace),
-    (r"shape \[5, 3\], its average \[5, 2\]: ranks were", Stage.step, Stage.other_ranks),
+    ("With reentrant checkpointing, pass use_reentrant=False", Stage.step, Stage.penalty_alone),
+    ("the optimizer does not hold .'layers.0.query.P'.; .*assign=True", Stage.step, Stage.replace),
     ("the optimizer's 'prev' of 'layers.0.query.P', a Tensor .* cannot follow when ranks .*AdamW",
      Stage.step, lambda s: s.start(torch.optim.Rprop)),
-    ("the optimizer's 'z' of", Stage.step, lambda s: s.start(ScheduleFree)),
-    ("the optimizer's 'row_var' of", Stage.step, lambda s: s.start(torch.optim.Adafactor)),
-    ("the loss reaches no adapter: no Lambda has a gradient. .*use_reentrant=False", Stage.step,
-     lambda s: s.start("AdamW", reentrant=True)),
-    # loading
-    ("unknown to the model: .*layers.9.P", lambda s: s.load({"layers.9.P": torch.zeros(1)})),
-    (r"head.bias has shape \[7\], .* needs \[2\]", lambda s: s.load({"head.bias": torch.zeros(7)})),
-    ("rank of 'layers.0.query' must .* 1..5, got 6", lambda s: s.load(MISFITS["too many"])),
-    ("rank of 'layers.0.query' must .* got 0", lambda s: s.load(MISFITS["none"])),
-    ("missing .*layers.0.query.Q", lambda s: s.load(MISFITS["no Q"])),
-    (r"query.P has shape \[5, 3\], .* needs \[5, 2\]", lambda s: s.load(MISFITS["P"])),
-    (r"query.P has shape \[5, 2\], .* needs \[5, 3\]", lambda s: s.load(MISFITS["Lambda"])),
     # weights
     (r"the weight of an adapted layer cannot become \[9, 6\]; resize the model",
      lambda s: setattr(s.query, "weight", nn.Parameter(torch.ones(9, 6)))),
-    (r"the bias .* become \[9\]", lambda s: setattr(s.query, "bias", nn.Parameter(torch.ones(9)))),
-    *[(NOT_PLAIN, lambda s: merge(s.plain), lambda s, base=base: s.use(beside(base())))
+    *[("the weight of 'other' is quantized, sharded, parametrized or on the meta device",
+       lambda s: merge(s.plain), lambda s, base=base: s.use(beside(base())))
       for base in [lambda: Quantized(6, 5), lambda: nn.Linear(6, 5).to(torch.float8_e4m3fn),
-                   lambda: nn.utils.spectral_norm(nn.Linear(6, 5)),
                    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))]],
     ("the weight of 'layers.0.query' is .* or on the meta device", lambda s: merge(s.model),
      lambda s: s.query.base_layer.to("meta")),
-    (r"a base weight became \[9, 6\], its update is \[5, 6\]; resize", lambda s: merge(s.model),
-     lambda s: setattr(s.query.base_layer, "weight", nn.Parameter(torch.ones(9, 6)))),
+    ("the weight of 'layers.0.query' is quantized, sharded", lambda s: merge(s.model),
+     lambda s: flat(s.query.base_layer)),
     # the export
     (r"name \['0', '2'\]: a layer stands in two", Stage.export, lambda s: s.use(twice())),
     ("name the model itself", Stage.export, lambda s: s.use(SVDLinear(nn.Linear(4, 4), 2))),
     ("name the model itself", Stage.export, lambda s: s.use(by_hand(adapted_net()))),
     (r"PEFT cannot adapt \['layers.0.query', 'layers.0.dense'\]: PEFT saves the whole",
      Stage.export, lambda s: s.use(by_hand(adapted_net(), "layers.0"))),
-    (r"PEFT would adapt \['block.fc'\], too", Stage.export, lambda s: s.use(named("fc"))),
     (r"PEFT cannot adapt \['overhead'\]", Stage.export,
-     lambda s: s.use(named("overhead", saved=["head"]))),
-    # found where an adjustment reads the scores: the step counts, but no weight and no rank changes
-    ("late", r"optimizer's 'exp_avg' of 'layers.1.dense.P', a Tensor of shape \[3\]", Stage.step,
-     lambda s: s.last("exp_avg", lambda x: torch.zeros(3))),
-    ("late", "'exp_avg' of 'layers.1.dense.P', a EightBit of shape", Stage.step,
-     lambda s: s.last("exp_avg", lambda x: x.as_subclass(EightBit))),
-    ("late", "'exp_avg' of 'layers.1.dense.P', a Tensor of .* on meta", Stage.step,
-     lambda s: s.last("exp_avg", lambda x: x.to("meta"))),
-    ("late", "the highest score is inf", Stage.step,
-     lambda s: s.last("I_bar", lambda x: x + INF)),
-    ("late", "the highest score is nan", Stage.step,
-     lambda s: s.last("I_bar", lambda x: x + NAN)),
+     lambda s: s.use(named({"overhead": 1}, ["head"]))),
+    # found where scores are read or follow their weights: the step counts, but no rank changes
+    ("late", "the averages have other ranks than the model: ranks were", Stage.step,
+     Stage.other_ranks),
+    *[("late", f"'exp_avg' of 'layers.1.dense.P', a {what}", Stage.step,
+       lambda s, change=change: s.last("exp_avg", change)) for what, change in [
+        (r"Tensor of shape \[3\]", lambda x: torch.zeros(3)),
+        ("EightBit", lambda x: x.as_subclass(EightBit)),
+        ("Tensor .* on meta", lambda x: x.to("meta"))]],
+    *[("late", f"the highest score is {x}", Stage.step,
+       lambda s, x=x: s.last("I_bar", lambda I_bar: I_bar + x)) for x in (INF, NAN)],
     ("late", "the highest score is 0, .*; call step.. after optimizer.step.. and before",
      Stage.step, lambda s: (s.start("AdamW"), s.optimizer.zero_grad(set_to_none=False))),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm", "ignore:None of the inputs have requires_grad")
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row[row[0] == "late"][:40])
 def test_what_is_refused_has_changed_nothing(row, tmp_path):
     """A ValueError says what is wrong. Weights, gradients, states and modules are as they were."""
