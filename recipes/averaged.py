@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from elalora import (
-    Adjustment, RankAllocator, RankSchedule, export_peft, inject, orthogonality_penalty, resize)
+    Adjustment, RankAllocator, RankSchedule, inject, orthogonality_penalty, resize)
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def follow(averaged: nn.Module, model: nn.Module, adjustment: Adjustment) -> Non
         copy.Q[len(kept) :] = layer.Q[len(kept) :]  # (new, d_in)
 
 
-def train(model: nn.Module, batches: list, schedule: RankSchedule, decay: float = 0.999
+def train(model: nn.Module, batches: list, schedule: RankSchedule, decay: float
           ) -> tuple[RankAllocator, AveragedModel]:
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
@@ -40,21 +40,15 @@ def train(model: nn.Module, batches: list, schedule: RankSchedule, decay: float 
             follow(averaged.module, model, adjustment)
         averaged.update_parameters(model)
         optimizer.zero_grad()
-    return allocator, averaged
-
-
-def main() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
-    x = torch.randn(60, 16, 16)  # 60 batches of 16
-    y = model(x).detach() + torch.tanh(x @ torch.randn(16, 2) @ torch.randn(2, 16))
-    inject(model, ["0", "2"], rank=2)
-    schedule = RankSchedule(total_steps=60, warmup_steps=10, stabilize_steps=15,
-                            adjust_interval=2, b=1)
-    allocator, averaged = train(model, [*zip(x, y)], schedule)
-    export_peft(averaged.module, "averaged", base_model_name="yours")
-    print(f"{allocator.t} steps, ranks {allocator.ranks()}; written: averaged/")
+    return allocator, averaged  # evaluate, merge() or export_peft() averaged.module
 
 
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+    inject(model, ["0", "2"], rank=2)
+    batches = [(x, x.flip(-1)) for x in torch.randn(60, 16, 16)]  # 60 batches of 16
+    schedule = RankSchedule(
+        total_steps=60, warmup_steps=10, stabilize_steps=15, adjust_interval=2, b=1)
+    allocator, averaged = train(model, batches, schedule, decay=0.9)
+    print(f"{allocator.t} steps, ranks {allocator.ranks()}")

@@ -7,8 +7,6 @@ the CPU.
     model = inject(model, ["q_proj", "v_proj"], rank=8)
     weights = shard(model, model.model.layers)
     optimizer = torch.optim.AdamW(weights, lr=5e-4, weight_decay=0.0)
-    schedule = RankSchedule(
-        total_steps=1740, warmup_steps=300, stabilize_steps=400, adjust_interval=50, b=2)
     allocator = RankAllocator(model, optimizer, schedule, k=1)
     for batch in loader:  # this process's part: each part's mean loss counts the same
         loss = model(**batch).loss + 0.1 * orthogonality_penalty(model)
@@ -79,7 +77,8 @@ def merge_sharded(model: nn.Module) -> nn.Module:
     held = [id(w) for module in model.modules() for w in module.parameters(recurse=False)]
     if any(held.count(id(layer.base_layer.weight)) > 1 for layer in layers):
         raise ValueError("an adapted weight is tied to another; untie it before shard()")
-    for w, delta in ((layer.base_layer.weight, layer.delta_weight()) for layer in layers):
+    for layer in layers:
+        w, delta = layer.base_layer.weight, layer.delta_weight()
         # Every process has delta, and takes its part of it without sending anything
         w.add_(distribute_tensor(delta, w.device_mesh, w.placements, src_data_rank=None))
     for name, module in list(model.named_modules(remove_duplicate=False)):
