@@ -22,7 +22,7 @@ resuming and export_peft() work as ever, and one process may save alone; merge_s
 place of merge(). All processes must run the model equally often, also to evaluate it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
@@ -48,18 +48,17 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], **options) -> list[Tens
     return trained
 
 
-def average_gradients(parameters: Iterable[Tensor]) -> None:
+def average_gradients(weights: Sequence[Tensor]) -> None:
     """Gives every process the mean gradient, in float32 and by one all_reduce.
 
     A gradient that is None on some processes counts as 0 there; None on all of them stays None.
     """
-    trained = [w for w in parameters if w.requires_grad]
-    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
-    given = torch.tensor([w.grad is not None for w in trained], device=trained[0].device)
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    given = torch.tensor([w.grad is not None for w in weights], device=weights[0].device)
     flat = torch.cat([part.flatten().float() for part in (*gradients, given)])
     distributed.all_reduce(flat.div_(distributed.get_world_size()))
-    *means, given = flat.split([*(w.numel() for w in trained), len(trained)])
-    for w, mean, share in zip(trained, means, given.tolist()):
+    *means, given = flat.split([*(w.numel() for w in weights), len(weights)])
+    for w, mean, share in zip(weights, means, given.tolist()):
         w.grad = mean.view_as(w).to(w.dtype) if share else None
 
 
