@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 import accelerate
-import averaged
 import datasets
 import pytest
 import torch
 import transformers
 from accelerate_loop import train as train_with_accelerate
+from averaged import follow
 from conftest import ROOT, WORDS, close, llama, run, same, tokenizer, trainable
 from reference import Reference
 from safetensors.torch import load_file, save_file
@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainer import MoveRanks
 
 from elalora import (
-    RankAllocator, RankSchedule, SVDLinear, adapter_state_dict, inject, merge,
-    orthogonality_penalty)
+    Adjustment, RankAllocator, RankSchedule, SVDLinear, adapter_state_dict, inject, merge,
+    orthogonality_penalty, resize)
 
 IDS = torch.randint(3, 40, (48, 6), generator=torch.Generator().manual_seed(0))
 SCHEDULE = RankSchedule(24, 4, 4, 2, 2)
@@ -77,10 +77,6 @@ def net(rank=2):
 X = torch.randn(12, 8, 16, generator=torch.Generator().manual_seed(0))  # 12 batches of 8 rows
 
 
-def batches(epochs):
-    return [(x, x.flip(-1)) for x in X] * epochs
-
-
 def loader(epochs, size):
     x = X.repeat(epochs, 1, 1).flatten(0, 1)  # (rows, 16)
     return DataLoader(TensorDataset(x, x.flip(-1)), size)
@@ -99,16 +95,15 @@ def algorithm_1(model, losses, schedule):
     return adapter_state_dict(model)
 
 
-def expected_of_llama(schedule):
-    model = build().train()
-    ids = IDS.repeat(4, 1).split(8)
+def expected_of_llama(model, rows, schedule=SCHEDULE):
+    ids = IDS.repeat(rows // 2, 1).split(rows)  # 24 batches
     return algorithm_1(model, (model(input_ids=x, labels=x).loss for x in ids), schedule)
 
 
-def expected_of_net(schedule=SCHEDULE):
+def expected_of_net():
     model = net()
-    losses = (nn.functional.mse_loss(model(x), y) for x, y in batches(2))
-    return algorithm_1(model, losses, schedule)
+    losses = (nn.functional.mse_loss(model(x), x.flip(-1)) for x in X.repeat(2, 1, 1))
+    return algorithm_1(model, losses, SCHEDULE)
 
 
 # ---- Trainers and loops: 24 steps, 8 rows in each, whatever the number of processes ----
@@ -237,8 +232,11 @@ def test_training_resumes_bit_for_bit_from_another_rank(done):
 def test_training_is_algorithm_1(done):
     """Micro-batches give what whole batches do, with a penalty that is clipped with the loss."""
     kind, _, model, allocator = done
-    expected = expected_of_llama if kind == "Trainer" else expected_of_net
-    close(adapter_state_dict(model), expected(allocator.schedule))
+    if kind == "Trainer":
+        expected = expected_of_llama(build(), 8, allocator.schedule)
+    else:
+        expected = expected_of_net()
+    close(adapter_state_dict(model), expected)
 
 
 def test_save_model_writes_the_adapter_alone_until_it_is_merged(tmp_path):
@@ -300,31 +298,19 @@ def test_the_reference_gives_the_losses_of_a_second_copy_of_the_base(tmp_path):
     assert losses[0] == losses[1] and len({*losses[0]}) > 10
 
 
-def test_averaged_weights_follow_the_ranks(monkeypatch):
-    """Every rank's average is that of the rank itself since it was added."""
-    expected, ranks = {}, set()  # name -> a row for each rank; all ranks that a layer had
-
-    def rows(layer):
-        return torch.cat([layer.P.T, layer.Lambda[:, None], layer.Q], dim=1).detach()
-
-    class Allocator(RankAllocator):  # follows every rank by itself
-        def step(self):
-            adjustment = super().step()
-            for name, layer in self.layers.items():
-                now = rows(layer)  # (r, d_out + 1 + d_in)
-                ranks.add(layer.rank)
-                if name in expected:  # else: the first update copies
-                    lost = adjustment.pruned.get(name, []) if adjustment else []
-                    kept = [row for i, row in enumerate(expected[name]) if i not in lost]
-                    now = 0.9 * torch.stack([*kept, *now[len(kept) :]]) + 0.1 * now
-                expected[name] = now
-            return adjustment
-
-    monkeypatch.setattr(averaged, "RankAllocator", Allocator)
-    _, average = averaged.train(net(), batches(3), RankSchedule(36, 2, 2, 2, 1, "constant"), 0.9)
-    assert len(ranks) > 1
-    for name, own in expected.items():
-        torch.testing.assert_close(rows(average.module.get_submodule(name)), own)
+def test_averaged_weights_follow_the_ranks():
+    """Ranks that stay keep their averages to the bit, new ones begin as they are in the model."""
+    model, copy = net(rank=3), net(rank=3)
+    for w in trainable(copy):
+        w.data += 1
+    before = adapter_state_dict(copy)
+    for name, keep, n_new in [("0", [0, 2], 2), ("2", [1], 0)]:
+        resize(model.get_submodule(name), keep, n_new, None, {})
+    follow(copy, model, Adjustment(1, 2, {"0": [1], "2": [0, 2]}, {"0": 2}, {}))
+    same(copy[0].P.data, torch.cat([before["0.P"][:, [0, 2]], model[0].P[:, 2:]], dim=1))
+    same(copy[0].Lambda.data, torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    same(copy[0].Q.data, torch.cat([before["0.Q"][[0, 2]], model[0].Q[2:]]))
+    same([copy[2].P.data, copy[2].Q.data], [before["2.P"][:, [1]], before["2.Q"][[1]]])
 
 
 # ---- README.md ----

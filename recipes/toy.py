@@ -37,8 +37,8 @@ for step in range(1, schedule.total_steps + 1):
     optimizer.zero_grad()
     if adjustment is None:
         continue
-    print(f"step {step}")
     pruned, grown = adjustment.pruned, adjustment.expanded
+    print(f"step {step}")
     for panel, (name, S) in zip(panels, adjustment.scores.items()):
         candidate = min(S)  # the only one of its matrix, since k = 1
         print(f"  scores of {name}:", *(f"{s:.1e}" for s in S), f"(candidate: {candidate:.1e})")
@@ -49,9 +49,9 @@ for step in range(1, schedule.total_steps + 1):
     print(f"  pruned {pruned}, grown {grown} -> {allocator.ranks()}")
 
 for panel, (name, rank) in zip(panels, allocator.ranks().items()):
-    panel.set(title=f"{name}: planted rank {PLANTED[name]}, ends at {rank}", xlabel="step")
+    panel.set(title=f"{name}: planted rank {PLANTED[name]}, ends at {rank}",
+              xlabel="step", ylabel="score $S_i$")
 for look, label in [("ko", "candidate"), ("rX", "pruned"), ("g^", "grows its matrix")]:
     panels[0].plot([], [], look, label=label)
 panels[0].legend(title="A dot is a rank. Above: how many")
-panels[0].set_ylabel("score $S_i$")
 figure.savefig("toy.png", dpi=120)
