@@ -38,15 +38,14 @@ for step in range(1, schedule.total_steps + 1):
     if adjustment is None:
         continue
     pruned, grown = adjustment.pruned, adjustment.expanded
-    print(f"step {step}")
     for panel, (name, S) in zip(panels, adjustment.scores.items()):
         candidate = min(S)  # the only one of its matrix, since k = 1
-        print(f"  scores of {name}:", *(f"{s:.1e}" for s in S), f"(candidate: {candidate:.1e})")
+        print(f"scores of {name}:", *(f"{s:.1e}" for s in S), f"(candidate: {candidate:.1e})")
         panel.semilogy([step] * len(S), S, "o", color="0.75")
         panel.annotate(len(S), (step, 2 * max(S)), ha="center")
         look = "rX" if name in pruned else "g^" if name in grown else "ko"
         panel.semilogy(step, candidate, look)
-    print(f"  pruned {pruned}, grown {grown} -> {allocator.ranks()}")
+    print(f"step {step}: pruned {pruned}, grown {grown} -> {allocator.ranks()}\n")
 
 for panel, (name, rank) in zip(panels, allocator.ranks().items()):
     panel.set(title=f"{name}: planted rank {PLANTED[name]}, ends at {rank}",
