@@ -14,6 +14,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -31,7 +32,6 @@ def llama(**sizes):
 
 def tokenizer():
     """One token a word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[EOS]", "[UNK]", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
