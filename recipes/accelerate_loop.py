@@ -2,7 +2,7 @@
 
     accelerate launch accelerate_loop.py    # or python accelerate_loop.py
 
-Take train() and leave_out_base(), and put your model, loss and data in place of those of main().
+Take train() and leave_out_base(), and put your model, loss and data in place of those below them.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from elalora import (
-    RankAllocator, RankSchedule, adapter_state_dict, export_peft, inject, load_adapter_state_dict,
+    RankAllocator, RankSchedule, adapter_state_dict, inject, load_adapter_state_dict,
     orthogonality_penalty)
 
 
@@ -61,21 +61,14 @@ def train(accelerator: Accelerator, model: nn.Module, loader: DataLoader, schedu
     return allocator
 
 
-def main() -> None:
+if __name__ == "__main__":
     accelerator = Accelerator(gradient_accumulation_steps=2)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
-    x = torch.randn(960, 16)
-    y = model(x).detach() + torch.tanh(x @ torch.randn(16, 2) @ torch.randn(2, 16))
-    loader = DataLoader(TensorDataset(x, y), batch_size=8)  # of each process
     inject(model, ["0", "2"], rank=2)
-    steps = len(x) // 8 // accelerator.num_processes // 2
-    schedule = RankSchedule(steps, steps // 6, steps // 4, max(1, steps // 30), b=1)
-    allocator = train(accelerator, model, loader, schedule, "checkpoint", save_every=steps // 2)
-    if accelerator.is_main_process:
-        export_peft(model, "adapter", base_model_name="yours")
-        print(f"{allocator.t} steps, ranks {allocator.ranks()}; written: checkpoint/ and adapter/")
-
-
-if __name__ == "__main__":
-    main()
+    x = torch.randn(960, 16)  # 60 steps of two micro-batches of 8 rows, on all processes together
+    loader = DataLoader(TensorDataset(x, x.flip(-1)), batch_size=8 // accelerator.num_processes)
+    schedule = RankSchedule(
+        total_steps=60, warmup_steps=10, stabilize_steps=15, adjust_interval=2, b=1)
+    allocator = train(accelerator, model, loader, schedule, "checkpoint", save_every=30)
+    accelerator.print(f"{allocator.t} steps, ranks {allocator.ranks()}; written: checkpoint/")

@@ -2,8 +2,9 @@
 
     python averaged.py
 
-Take follow(), and call it as train() does. To resume, save adapter_state_dict(averaged.module) and
-averaged.n_averaged beside what you save of the model.
+Take follow(), and call it as the loop below does. Then evaluate, merge() or export_peft() the model
+averaged.module. To resume, save adapter_state_dict(averaged.module) and averaged.n_averaged beside
+what you save of the model.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from elalora import (
-    Adjustment, RankAllocator, RankSchedule, export_peft, inject, orthogonality_penalty, resize)
+    Adjustment, RankAllocator, RankSchedule, inject, orthogonality_penalty, resize)
 
 
 @torch.no_grad()
@@ -25,14 +26,18 @@ def follow(averaged: nn.Module, model: nn.Module, adjustment: Adjustment) -> Non
         copy.Q[len(kept) :] = layer.Q[len(kept) :]  # (new, d_in)
 
 
-def train(model: nn.Module, batches: list, schedule: RankSchedule, decay: float = 0.999
-          ) -> tuple[RankAllocator, AveragedModel]:
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+    inject(model, ["0", "2"], rank=2)
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
+    schedule = RankSchedule(
+        total_steps=60, warmup_steps=10, stabilize_steps=15, adjust_interval=2, b=1)
     allocator = RankAllocator(model, optimizer, schedule, k=1)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    for x, y in batches:
-        loss = nn.functional.mse_loss(model(x), y) + 0.1 * orthogonality_penalty(model)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay=0.9))
+    for x in torch.randn(60, 16, 16):  # 60 batches of 16
+        loss = nn.functional.mse_loss(model(x), x.flip(-1)) + 0.1 * orthogonality_penalty(model)
         loss.backward()
         optimizer.step()
         adjustment = allocator.step()
@@ -40,21 +45,4 @@ def train(model: nn.Module, batches: list, schedule: RankSchedule, decay: float 
             follow(averaged.module, model, adjustment)
         averaged.update_parameters(model)
         optimizer.zero_grad()
-    return allocator, averaged
-
-
-def main() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
-    x = torch.randn(60, 16, 16)  # 60 batches of 16
-    y = model(x).detach() + torch.tanh(x @ torch.randn(16, 2) @ torch.randn(2, 16))
-    inject(model, ["0", "2"], rank=2)
-    schedule = RankSchedule(total_steps=60, warmup_steps=10, stabilize_steps=15,
-                            adjust_interval=2, b=1)
-    allocator, averaged = train(model, [*zip(x, y)], schedule)
-    export_peft(averaged.module, "averaged", base_model_name="yours")
-    print(f"{allocator.t} steps, ranks {allocator.ranks()}; written: averaged/")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"{allocator.t} steps, ranks {allocator.ranks()}")

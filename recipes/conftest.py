@@ -14,22 +14,24 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 WORDS = [*"abcdefghijklmnop"]
+same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-5)
 
 
-def llama(kind="LlamaForCausalLM", **sizes):
+def llama(**sizes):
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, vocab_size=40, pad_token_id=0) | sizes
-    return getattr(transformers, kind)(transformers.LlamaConfig(**sizes))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
 
 
 def tokenizer():
     """One token a word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[EOS]", "[UNK]", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -41,19 +43,18 @@ def trainable(model):
     return [w for w in model.parameters() if w.requires_grad]
 
 
-def equal(x, y):
-    """Whether two trees of tensors have the same bits."""
-    if isinstance(x, torch.Tensor):
-        return torch.equal(x, y)
-    if isinstance(x, dict):
-        return x.keys() == y.keys() and all(equal(x[key], y[key]) for key in x)
-    return x == y
-
-
-@pytest.fixture
-def calm_adam(monkeypatch):
+class CalmAdamW(torch.optim.AdamW):
     """With the usual eps, a gradient that is 0 but for rounding moves a weight like any other."""
-    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-3))
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options | dict(eps=1e-3))
+
+
+@pytest.fixture(scope="module")
+def calm_adam():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", CalmAdamW)
+        yield
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 ddp.py
 
-Take train(), and put your model, loss and data in place of those of main().
+Take train(), and put your model, loss and data in place of those below it.
 """
 
 import os
@@ -11,7 +11,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elalora import RankAllocator, RankSchedule, export_peft, inject, orthogonality_penalty
+from elalora import RankAllocator, RankSchedule, inject, orthogonality_penalty
 
 
 def train(model: nn.Module, batches: list, schedule: RankSchedule) -> RankAllocator:
@@ -19,40 +19,29 @@ def train(model: nn.Module, batches: list, schedule: RankSchedule) -> RankAlloca
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
     allocator = RankAllocator(model, optimizer, schedule, k=1)  # of the model itself
-    device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, devices)
+    wrapped = DistributedDataParallel(model)
     for x, y in batches:
         loss = nn.functional.mse_loss(wrapped(x), y) + 0.1 * orthogonality_penalty(model)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         if allocator.step():  # scores and seed are the same everywhere, so the ranks are
-            wrapped = DistributedDataParallel(model, devices)  # the old one knows the old shapes
+            wrapped = DistributedDataParallel(model)  # the old one knows the old shapes
         optimizer.zero_grad()
     return allocator
 
 
-def main() -> None:
-    gpu = torch.cuda.is_available()
-    distributed.init_process_group("nccl" if gpu else "gloo")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+if __name__ == "__main__":
+    distributed.init_process_group()
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
     process, processes = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(0)  # the same everywhere
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
-    x = torch.randn(60, 16, 16)  # 60 batches of 16
-    y = model(x).detach() + torch.tanh(x @ torch.randn(16, 2) @ torch.randn(2, 16))
     inject(model, ["0", "2"], rank=2).to(device)
-    batches = [(a[process::processes].to(device), b[process::processes].to(device))
-               for a, b in zip(x, y)]
-    schedule = RankSchedule(total_steps=60, warmup_steps=10, stabilize_steps=15,
-                            adjust_interval=2, b=1)
-    allocator = train(model, batches, schedule)
-    if process == 0:
-        export_peft(model, "adapter", base_model_name="yours")
-        print(f"{allocator.t} steps, ranks {allocator.ranks()}; written: adapter/")
+    own_part = torch.randn(60, 16, 16)[:, process::processes].to(device)  # of 60 batches of 16
+    schedule = RankSchedule(
+        total_steps=60, warmup_steps=10, stabilize_steps=15, adjust_interval=2, b=1)
+    allocator = train(model, [(x, x.flip(-1)) for x in own_part], schedule)
+    if process == 0:  # which may save or export alone
+        print(f"{allocator.t} steps, ranks {allocator.ranks()}")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

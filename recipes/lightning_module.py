@@ -2,7 +2,7 @@
 
     python lightning_module.py
 
-Take Adapted, and put your model, loss and data in place of those of main(). Not the hooks
+Take Adapted, and put your model, loss and data in place of those here. Not the hooks
 on_train_batch_end and on_before_zero_grad: they count micro-batches, or come after the checkpoint.
 """
 
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from elalora import (
-    RankAllocator, RankSchedule, adapter_state_dict, export_peft, inject, orthogonality_penalty)
+    RankAllocator, RankSchedule, adapter_state_dict, inject, orthogonality_penalty)
 
 
 class Adapted(lightning.LightningModule):
@@ -54,25 +54,17 @@ class Adapted(lightning.LightningModule):
         checkpoint["state_dict"] = base | checkpoint["state_dict"]
 
 
-def main() -> None:
+if __name__ == "__main__":
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
-    x = torch.randn(960, 16)
-    y = model(x).detach() + torch.tanh(x @ torch.randn(16, 2) @ torch.randn(2, 16))
-    loader = DataLoader(TensorDataset(x, y), batch_size=8)
     inject(model, ["0", "2"], rank=2)
-    schedule = RankSchedule(total_steps=60, warmup_steps=10, stabilize_steps=15,
-                            adjust_interval=2, b=1)
+    x = torch.randn(960, 16)  # 60 steps of two micro-batches of 8 rows
+    loader = DataLoader(TensorDataset(x, x.flip(-1)), batch_size=8)
+    schedule = RankSchedule(
+        total_steps=60, warmup_steps=10, stabilize_steps=15, adjust_interval=2, b=1)
     module = Adapted(model, schedule)
     trainer = lightning.Trainer(
         max_steps=schedule.total_steps, accumulate_grad_batches=2, gradient_clip_val=1.0,
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
     trainer.fit(module, loader)  # or trainer.fit(module, loader, ckpt_path=...)
-    trainer.save_checkpoint("adapted.ckpt")
-    export_peft(model, "adapter", base_model_name="yours")
-    print(f"{module.allocator.t} steps, ranks {module.allocator.ranks()}")
-    print("written: adapted.ckpt and adapter/")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"{module.allocator.t} steps, ranks {module.allocator.ranks()}; written: checkpoints/")

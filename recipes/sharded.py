@@ -7,8 +7,6 @@ the CPU.
     model = inject(model, ["q_proj", "v_proj"], rank=8)
     weights = shard(model, model.model.layers)
     optimizer = torch.optim.AdamW(weights, lr=5e-4, weight_decay=0.0)
-    schedule = RankSchedule(
-        total_steps=1740, warmup_steps=300, stabilize_steps=400, adjust_interval=50, b=2)
     allocator = RankAllocator(model, optimizer, schedule, k=1)
     for batch in loader:  # this process's part: each part's mean loss counts the same
         loss = model(**batch).loss + 0.1 * orthogonality_penalty(model)
@@ -24,7 +22,7 @@ resuming and export_peft() work as ever, and one process may save alone; merge_s
 place of merge(). All processes must run the model equally often, also to evaluate it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
@@ -50,18 +48,17 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], **options) -> list[Tens
     return trained
 
 
-def average_gradients(parameters: Iterable[Tensor]) -> None:
+def average_gradients(weights: Sequence[Tensor]) -> None:
     """Gives every process the mean gradient, in float32 and by one all_reduce.
 
     A gradient that is None on some processes counts as 0 there; None on all of them stays None.
     """
-    trained = [w for w in parameters if w.requires_grad]
-    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
-    given = torch.tensor([w.grad is not None for w in trained], device=trained[0].device)
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    given = torch.tensor([w.grad is not None for w in weights], device=weights[0].device)
     flat = torch.cat([part.flatten().float() for part in (*gradients, given)])
     distributed.all_reduce(flat.div_(distributed.get_world_size()))
-    *means, given = flat.split([*(w.numel() for w in trained), len(trained)])
-    for w, mean, share in zip(trained, means, given.tolist()):
+    *means, given = flat.split([*(w.numel() for w in weights), len(weights)])
+    for w, mean, share in zip(weights, means, given.tolist()):
         w.grad = mean.view_as(w).to(w.dtype) if share else None
 
 
@@ -79,7 +76,8 @@ def merge_sharded(model: nn.Module) -> nn.Module:
     held = [id(w) for module in model.modules() for w in module.parameters(recurse=False)]
     if any(held.count(id(layer.base_layer.weight)) > 1 for layer in layers):
         raise ValueError("an adapted weight is tied to another; untie it before shard()")
-    for w, delta in ((layer.base_layer.weight, layer.delta_weight()) for layer in layers):
+    for layer in layers:
+        w, delta = layer.base_layer.weight, layer.delta_weight()
         # Every process has delta, and takes its part of it without sending anything
         w.add_(distribute_tensor(delta, w.device_mesh, w.placements, src_data_rank=None))
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -3,28 +3,25 @@
     pip install bitsandbytes==0.50.2 torchao==0.18.0  # else they are skipped
 """
 
-import importlib
 from functools import partial
 
 import peft
 import pytest
 import torch
 import transformers
-from conftest import equal, llama, trainable
+from conftest import llama, same, trainable
 from safetensors.torch import load_file
+from test_recipes import build, make_trainer
 from torch import nn
-from trainer import MoveRanks
 
 from elalora import (
     RankAllocator, RankSchedule, adapter_state_dict, export_peft, inject, load_adapter_state_dict,
     merge)
 
-KINDS = ["bitsandbytes uint8", "bitsandbytes bfloat16", "bitsandbytes int8"]  # 4 bits in two dtypes
+KINDS = ["bitsandbytes 4 bits", "bitsandbytes 8 bits"]
 KINDS += ["torchao int8", "torchao int4", "torchao float8"]
-TARGETS = ["q_proj", "v_proj", "down_proj"]
 IDS = torch.randint(64, (4, 8), generator=torch.Generator().manual_seed(0))
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{start}")
-              for start in ("Paged optimizers are not", "TorchaoLora")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def base():
@@ -33,7 +30,7 @@ def base():
 
 def quantized(model, kind):
     """The model, of which all linear layers became quantized ones."""
-    library, what = kind.split()
+    library, what = kind.split(maxsplit=1)
     if library == "torchao":
         ao = pytest.importorskip("torchao.quantization")
         int4 = partial(ao.IntxWeightOnlyConfig, torch.int4, ao.PerGroup(32))  # for CPUs, too
@@ -43,19 +40,22 @@ def quantized(model, kind):
     bnb = pytest.importorskip("bitsandbytes").nn
     for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
         shape = linear.in_features, linear.out_features, linear.bias is not None
-        if what == "int8":
+        layer = bnb.Linear4bit(*shape, quant_type="nf4", quant_storage=torch.bfloat16)
+        if what == "8 bits":
             layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False)
-        else:
-            layer = bnb.Linear4bit(*shape, quant_type="nf4", quant_storage=getattr(torch, what))
         layer.load_state_dict(linear.state_dict())
         model.set_submodule(name, layer.to("cpu"))  # which quantizes
     return model
 
 
-def training(kind, optimizer=torch.optim.AdamW, rank=2):
-    """An adapted model, its optimizer, and an allocator that moves ranks at steps 4, 6 and 8."""
-    model = inject(quantized(base(), kind), TARGETS, rank)
-    optimizer = optimizer(trainable(model), lr=0.05, weight_decay=0.0)
+def training(kind, rank=2):
+    """An adapted model, AdamW in 32 bits of bitsandbytes or torch, and an allocator that moves
+    ranks at steps 4, 6 and 8."""
+    model = inject(quantized(base(), kind), ["q_proj", "v_proj", "down_proj"], rank)
+    optim = torch.optim
+    if kind.startswith("bitsandbytes"):
+        optim = pytest.importorskip("bitsandbytes.optim")
+    optimizer = optim.AdamW(trainable(model), lr=0.05, weight_decay=0.0)
     return model, optimizer, RankAllocator(model, optimizer, RankSchedule(12, 2, 2, 2, b=2), k=1)
 
 
@@ -72,17 +72,6 @@ def train(model, optimizer, allocator, steps):
     return losses
 
 
-def raw(value):
-    """The bytes of a tensor, or of all tensors that make up a packed one or stand in a dict."""
-    if hasattr(value, "__tensor_flatten__"):
-        value = {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
-    if isinstance(value, dict):
-        return {key: raw(part) for key, part in value.items()}
-    if isinstance(value, torch.Tensor):
-        return bytes(value.detach().flatten().contiguous().view(torch.uint8).numpy())
-    return value
-
-
 @torch.no_grad()
 def logits(model):
     return model.train()(input_ids=IDS).logits  # eval() lets bitsandbytes round its weights again
@@ -90,45 +79,33 @@ def logits(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantized_base_is_trained_on_resumed_and_exported(kind, tmp_path):
-    """The loss falls, ranks move, the base keeps its bytes; resumed from the middle, and from
-    another rank, it ends alike; PEFT computes the same over an equal base. merge() refuses it."""
+    """The loss falls, ranks move; resumed from the middle, and from another rank, training ends
+    alike; PEFT computes the same over an equal base. merge() refuses it."""
     model, optimizer, allocator = training(kind)
-    frozen = lambda: raw({key: w for key, w in model.state_dict().items()
-                          if key not in adapter_state_dict(model)})
-    before = frozen()
     losses = train(model, optimizer, allocator, 6)
     torch.save((adapter_state_dict(model), optimizer.state_dict()), tmp_path / "middle.pt")
     later = train(model, optimizer, allocator, 6)
     assert len({*allocator.ranks().values()}) > 1 and later[-1] < 0.95 * losses[0]
-    other, optimizer, allocator = training(kind, rank=1)
+    resumed, optimizer, allocator = training(kind, rank=1)
     adapters, search = torch.load(tmp_path / "middle.pt", weights_only=True)
-    load_adapter_state_dict(other, adapters)
+    load_adapter_state_dict(resumed, adapters)
     optimizer.load_state_dict(search)
-    assert train(other, optimizer, allocator, 6) == later
-    assert equal(adapter_state_dict(other), adapter_state_dict(model))
+    assert train(resumed, optimizer, allocator, 6) == later
+    same(adapter_state_dict(resumed), adapter_state_dict(model))
     export_peft(model, tmp_path, base_model_name="quantized")
-    same = quantized(base(), kind)  # marked as transformers does, for PEFT
-    same.is_loaded_in_4bit, same.is_loaded_in_8bit = kind in KINDS[:2], kind == KINDS[2]
-    loaded = peft.PeftModel.from_pretrained(same, tmp_path)
+    equal = quantized(base(), kind)  # marked as transformers does, for PEFT
+    equal.is_loaded_in_4bit, equal.is_loaded_in_8bit = kind == KINDS[0], kind == KINDS[1]
+    loaded = peft.PeftModel.from_pretrained(equal, tmp_path)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="quantized"):
         merge(model)
-    assert frozen() == before
 
 
-def optimizer_class(path):
-    module, _, name = path.rpartition(".")
-    pytest.importorskip(module.partition(".")[0])
-    return getattr(importlib.import_module(module), name)
-
-
-@pytest.mark.parametrize("path", [
-    "torchao.optim.AdamW8bit", "torchao.optim.AdamW4bit", "torchao.optim.AdamWFp8",
-    "bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"])
-def test_an_optimizer_of_packed_state_is_refused_at_the_first_step(path):
+@pytest.mark.parametrize("library", ["torchao.optim", "bitsandbytes.optim"])
+def test_an_optimizer_of_packed_state_is_refused_at_the_first_step(library):
     """Before any rank moves, also where one layer alone is big enough for packed state."""
     model = inject(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 512)), ["0", "1"], rank=8)
-    optimizer = optimizer_class(path)(trainable(model))
+    optimizer = pytest.importorskip(library).AdamW8bit(trainable(model))
     allocator = RankAllocator(model, optimizer, RankSchedule(12, 6, 2, 2, b=2), k=1)
     model(torch.randn(3, 16)).square().mean().backward()
     with torch.compiler.set_stance("force_eager"):  # torchao compiles, which takes long
@@ -138,18 +115,6 @@ def test_an_optimizer_of_packed_state_is_refused_at_the_first_step(path):
     assert allocator.t == 0
 
 
-@pytest.mark.parametrize("name", ["AdamW", "PagedAdamW"])
-def test_bitsandbytes_optimizers_of_32_bits_train_as_those_of_torch(name):
-    """Ranks move to the same matrices, and the losses are nearly the same."""
-    results = []
-    for path in (f"bitsandbytes.optim.{name}", "torch.optim.AdamW"):
-        *parts, allocator = training("bitsandbytes uint8", optimizer_class(path))
-        results.append((train(*parts, allocator, 12), allocator.ranks()))
-    (losses, ranks), (expected, expected_ranks) = results
-    assert ranks == expected_ranks and len({*ranks.values()}) > 1
-    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
-
-
 def test_a_trainer_takes_a_quantized_model_once_it_is_not_marked_as_one(tmp_path):
     """Marked so, it is refused; then it trains, resumes bit for bit, and saves no base."""
     pytest.importorskip("bitsandbytes")
@@ -157,17 +122,11 @@ def test_a_trainer_takes_a_quantized_model_once_it_is_not_marked_as_one(tmp_path
     four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
     def trained(marked, resume=None):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base", quantization_config=four_bits, dtype=torch.float32, device_map="cpu")
-        torch.manual_seed(0)
-        inject(model, TARGETS, 2)
+        model = build(base=transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=four_bits, dtype=torch.float32,
+            device_map="cpu"))
         model.is_quantized = marked
-        arguments = transformers.TrainingArguments(
-            str(tmp_path), max_steps=24, per_device_train_batch_size=4, learning_rate=0.02,
-            save_steps=12, report_to=[], disable_tqdm=True, use_cpu=True)
-        rows = [dict(input_ids=ids, labels=ids) for ids in IDS.repeat(24, 1)]
-        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
-        trainer.add_callback(MoveRanks(trainer))
+        trainer, _ = make_trainer("Trainer", tmp_path, model)
         trainer.train(resume_from_checkpoint=resume)
         return adapter_state_dict(model)
 
@@ -176,4 +135,4 @@ def test_a_trainer_takes_a_quantized_model_once_it_is_not_marked_as_one(tmp_path
     whole = trained(marked=False)
     assert len({len(x) for key, x in whole.items() if key.endswith("Lambda")}) > 1
     assert load_file(tmp_path / "checkpoint-12/model.safetensors").keys() == whole.keys()
-    assert equal(trained(marked=False, resume=str(tmp_path / "checkpoint-12")), whole)
+    same(trained(marked=False, resume=str(tmp_path / "checkpoint-12")), whole)
