@@ -10,11 +10,11 @@
 
 A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's
 answer to every example, and its loss), log.csv (every step) and loss.png, ranks.png, peft/ (for
-PeftModel), for ElaLoRA and svd scores.png and adapter.safetensors; and checkpoint.pt
-after every epoch, for --resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with
-the paper's. Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning
-rate rises for 10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there
-is no weight decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
+PeftModel), for elalora and svd also scores.png and adapter.safetensors; and checkpoint.pt after
+every epoch, for --resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with the
+paper's. Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning rate
+rises for 10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there is no
+weight decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output-dir", type=Path, default=Path("runs"), help="default: runs")
     add("--resume", action="store_true", help="go on where unfinished runs had a checkpoint")
     add("--dry-run", action="store_true",
-        help="print the runs, their steps, and the hours of training by one timed step of each")
+        help="print the steps and hours of what is left to train, by a timed step of each kind")
     return parser
 
 
@@ -83,10 +83,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[tuple
     """The arguments, and the runs that they ask for. Prints what is wrong and exits with 2."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if min(*args.rank, *(seed + 1 for seed in args.seeds)) < 1:
-        parser.error("--rank takes integers >= 1, --seeds integers >= 0")
-    tasks = [task for name in args.task for task in (
-        dict(FAMILIES[name].columns.values()) if name in FAMILIES else [name])]
+    if min(args.rank) < 1:
+        parser.error("--rank takes integers >= 1")
+    tasks = []
+    for name in args.task:
+        family = FAMILIES.get(name)
+        tasks += [task for task, _ in family.columns.values()] if family else [name]
     args.family, *others = dict.fromkeys(FAMILY_OF[task] for task in tasks)
     if others:
         parser.error(f"--task: {args.family} and {others[0]} need a command each")
@@ -214,25 +216,22 @@ def earlier(config: Config, args: argparse.Namespace) -> dict | None:
 
 
 def dry_run(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None:
-    """Prints the runs, their steps, and the hours of training by a timed step of each kind."""
-    kinds: dict[tuple, tuple[int, float]] = {}
-    hours = 0.0
-    for config, recipe in runs:
-        kind = config.task, config.method, config.rank
-        if kind not in kinds:
-            problem, method = make(config, recipe, args)
-            batch = next(iter(problem.batches(1)))
-            problem.model.train()
-            for _ in range(2):  # the first one takes longer
-                start = time.time()
-                loss, _, _ = train_step(problem, batch, method)
-                loss.item()  # waits for the GPU
-            kinds[kind] = method.schedule.total_steps, time.time() - start
-        steps, seconds = kinds[kind]
-        hours += steps * seconds / 3600
-        print(f"  {folder_of(config, args.output_dir).name}: {steps:,} steps of {seconds:.2g} s, "
-              f"{steps * seconds / 3600:.2f} hours", flush=True)
-    print(f"{len(runs)} runs are left, {hours:.2f} hours without their evaluations")
+    """Prints the hours of training of all runs, by a timed step of each kind."""
+    total = 0.0
+    for _, alike in itertools.groupby(runs, lambda run: (run[0].task, run[0].method, run[0].rank)):
+        alike = [*alike]  # but for the seed
+        problem, method = make(*alike[0], args)
+        batch = next(iter(problem.batches(1)))
+        problem.model.train()
+        for _ in range(2):  # the first one takes longer
+            start = time.time()
+            loss, _, _ = train_step(problem, batch, method)
+            loss.item()  # waits for the GPU
+        seconds = time.time() - start
+        hours = len(alike) * method.schedule.total_steps * seconds / 3600
+        total += hours
+        print(f"  {seconds:.2g} s a step, seeds: {len(alike)}, hours: {hours:.2f}", flush=True)
+    print(f"{len(runs)} runs are left, {total:.2f} hours without their evaluations")
 
 
 def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None:
@@ -242,10 +241,8 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None
             for config, recipe in runs]
     check_files(args.model, args.data_dir, [folder_of(c, args.output_dir) for c, _ in runs])
     report.check_page(args.output_dir, args.family)
-    for _, recipe in runs:
-        if recipe.batch_size % shared.PROCESSES:
-            raise ValueError(
-                f"{shared.PROCESSES} processes cannot share batches of {recipe.batch_size}")
+    if any(recipe.batch_size % shared.PROCESSES for _, recipe in runs):
+        raise ValueError(f"{shared.PROCESSES} processes cannot share every batch equally")
     known = [earlier(config, args) for config, _ in runs]
     if args.dry_run:
         return dry_run(args, [run for run, results in zip(runs, known) if not results])
