@@ -260,13 +260,11 @@ def test_autocast_is_bfloat16_only_on_a_gpu_that_has_it(monkeypatch):
 # ---- What is refused ----
 BAD_ARGUMENTS = {
     "rank": (["--rank", "0"], "--rank takes integers >= 1"),
-    "a rank of planted": (["--rank", "12"], "--rank 12: 2 to 11 leave a choice"),
     "epochs": (["--epochs", "0"], "epochs must be a number > 0, got 0"),
     "dtype": (["--dtype", "bfloat16"], "--dtype is not for planted: name another --task"),
     "two families": (["--task", "mrpc", "cifar"], "--task: glue and vtab need a command each"),
     "no file": (["--method", "svd", "--ranks", "no.json"], "No such file or directory: 'no.json'"),
-    "targets": (["--targets", "dense", "bias"], "--targets bias: none of .*output.dense ends so"),
-    "set": (["--set", "b=1", "--set", "k=two"], "--set k=two: "),
+    "targets": (["--targets", "dense", "bias"], "--targets bias: none of deberta."),
     "phases": (["--set", "warmup=9999"], "total_steps must hold warm-up"),
     "output": (["--output-dir", "/dev/null/runs"], "cannot write in /dev/null: Not a directory"),
     "data": (["--task", "mrpc", "--data-dir", "nowhere"], "--data-dir: nowhere is not a folder"),
@@ -277,25 +275,21 @@ BAD_ARGUMENTS = {
 def test_bad_arguments_end_in_one_line_and_exit_code_2(arguments, message, refusal):
     """What does not fit is named, and nothing is written."""
     last = refusal(*arguments)
-    assert last.startswith("reproduce.py: error: ") and re.search(message, last), last
+    assert last.startswith("reproduce.py: error: ") and message in last
 
 
-def rewrite(path, change):
-    """Changes a parquet file of the world."""
-    return lambda root: [change(pandas.read_parquet(p)).to_parquet(p) for p in root.glob(path)]
+def bad_label(root):
+    for path in root.glob("glue/rte/train-*"):
+        pandas.read_parquet(path).replace({"label": {1: -1}}).to_parquet(path)
 
 
 HOSTILE = {  # the task, what is done to a copy of the world, the error
     "BART": ("rte", lambda root: shutil.copytree(
-        root / "bart", root / "deberta", dirs_exist_ok=True),
-             "--model: .*has no matrices named query, key.*this task adapts"),
-    "label": ("rte", rewrite("glue/rte/train-*", lambda rows: rows.replace({"label": {1: -1}})),
-              "train: the label is -1, not"),
-    "a test article": ("xsum", rewrite("xsum/data/test*", lambda x: x.drop(1).reindex(range(7))),
-                       "data, test: the document is missing .row 2 of 7."),
+        root / "bart", root / "deberta", dirs_exist_ok=True), "no matrices named query, key"),
+    "label": ("rte", bad_label, "train: the label is -1, not"),
     "no task": ("cifar", lambda root: (root / "vtab/vtab-1k/cifar").rename(root / "vtab/vtab-1k/x"),
-                r"no folder vtab-1k/cifar; there are \['x'\]"),
-}  # fmt: skip
+                "no folder vtab-1k/cifar"),
+}
 
 
 @pytest.mark.parametrize("task, change, message", HOSTILE.values(), ids=HOSTILE)
@@ -304,7 +298,7 @@ def test_hostile_files_end_in_one_line(task, change, message, world, tmp_path, r
     root = shutil.copytree(world, tmp_path / "given")
     change(root)
     last = refusal(*arguments_of(config_of(root, task)))
-    assert re.match("reproduce.py: error: .*" + message, last), last
+    assert last.startswith("reproduce.py: error: ") and message in last
 
 
 def test_results_of_another_run_are_named(refusal):
