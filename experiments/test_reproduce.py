@@ -153,6 +153,8 @@ def test_a_run_names_the_commit_that_made_it(tmp_path, monkeypatch):
     assert shared.commit() == head
     (root / "reproduce.py").write_text("b")
     assert shared.commit() == f"{head}+changes"
+    monkeypatch.setenv("PATH", "")  # a machine without git
+    assert shared.commit() is None
 
 
 def test_a_file_of_ranks_takes_the_place_of_even_ones(refusal):
