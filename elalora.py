@@ -401,6 +401,25 @@ def inject(model: nn.Module, target_modules: Sequence[str], rank: int | Mapping[
     return model
 
 
+def parameter_groups(model: nn.Module, lr: float, lambda_rate: float | None = None
+                     ) -> list[dict]:
+    """All that is trained, as an optimizer takes it; singular values learn at lambda_rate * lr.
+
+    Ours: the default is (d_out / 3)^0.5 of each matrix. Lambda starts at 0. With Adam, P Lambda Q
+    then grows as fast as LoRA's B A, whose B starts at 0. lambda_rate = 1 is the paper's one rate.
+    Raises ValueError if lambda_rate is not positive.
+    """
+    _require(lambda_rate is None or 0 < lambda_rate < math.inf,
+             f"lambda_rate must be a positive number, got {lambda_rate!r}")
+    rates = {layer.Lambda: lambda_rate or math.sqrt(len(layer.P) / 3)
+             for layer in _adapted(model).values()}
+    groups = defaultdict(list)
+    for w in model.parameters():
+        if w.requires_grad:
+            groups[lr * rates.get(w, 1)].append(w)
+    return [dict(params=weights, lr=rate) for rate, weights in groups.items()]
+
+
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block, adapted layers compute what their base layers do, as DPO's reference does.

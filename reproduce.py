@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         "datasets.load_dataset reads; VTAB: vtab-1k.zip, or its folder vtab-1k")
     add("--epochs", type=int, help="default: as Table 7, 8 or 10")
     add("--method", choices=METHODS, nargs="+", default=["elalora"],
-        help="\n".join(f"{name}: {meaning}" for name, meaning in METHODS.items()))
+        help="\n".join(f"{name}: {meaning}" for name, (_, meaning) in METHODS.items()))
     add("--ranks", metavar="FILE", help="a map from matrices to ranks in JSON, or a run's "
         f"results.json: {', '.join(TAKE_RANKS)} has\nthese ranks; --rank is then their mean")
     add("--targets", nargs="+", default=[""], metavar="NAME",
@@ -130,7 +130,7 @@ from experiments import problem as shared
 from experiments.data import check_files
 from experiments.methods import METHODS as CLASSES
 from experiments.methods import NOISE, Method
-from experiments.problem import DEVICE, Problem, best_dtype, commit, trained, versions
+from experiments.problem import DEVICE, Problem, best_dtype, commit, versions
 from experiments.tables import fit_phases
 from experiments.training import check_same, make_problem, rounded, train, train_step
 
@@ -170,7 +170,6 @@ def run(config: Config, recipe: Recipe, args: argparse.Namespace) -> dict:
         arguments=asdict(config), recipe=asdict(method.recipe), metrics=metrics,
         floor=problem.floor, floor_name=problem.floor_name, note=problem.note(metrics),
         planted_ranks=problem.planted_ranks, adapter_parameters=method.parameters(),
-        trainable_parameters=sum(w.numel() for w in trained(problem.model).values()),
         total_steps=method.t, seconds=round(log["seconds"], 1), commit=code, versions=versions(),
         ranks=method.ranks(), history=log["history"], adjustments=log["adjustments"],
         scores=log["scores"])

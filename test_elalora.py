@@ -38,7 +38,8 @@ from torch.utils.checkpoint import checkpoint
 import elalora
 from elalora import (RANK_DIM, SHAPES, Adjustment, RankAllocator, RankSchedule, SVDLinear,
                      adapter_state_dict, adapters_disabled, export_peft, gram_schmidt, inject,
-                     load_adapter_state_dict, merge, orthogonality_penalty, resize, select)
+                     load_adapter_state_dict, merge, orthogonality_penalty, parameter_groups,
+                     resize, select)
 
 torch.set_num_threads(1)
 settings.register_profile("laws", deadline=None, max_examples=40, derandomize="CI" in os.environ)
@@ -527,6 +528,42 @@ def test_a_base_may_be_sharded_but_no_adapter(before, process_group):
     for net, call in [(head, call) for call in of_head] + [(model, call) for call in of_all]:
         with pytest.raises(ValueError, match="a trained parameter is sharded; .*ignored_params="):
             call(net)
+
+
+# ---- Ours: the learning rate of Lambda ----
+@pytest.mark.parametrize("rate", [None, 1, 7])
+def test_a_step_of_adam_moves_every_weight_by_its_rate(rate):
+    """Nothing that is trained is left out: heads, P, Q by lr, Lambda by its multiple of lr."""
+    model = adapted_net()
+    lengths = {w: 1e-3 for w in trainable(model)}
+    for layer in adapted_layers(model).values():
+        lengths[layer.Lambda] = 1e-3 * (rate or (len(layer.P) / 3) ** 0.5)
+    groups = parameter_groups(model, 1e-3, rate)
+    assert len(groups) == (1 if rate == 1 else len({*lengths.values()}))
+    optimizer = torch.optim.Adam(groups, eps=1e-30)
+    before = {w: w.detach().clone() for w in lengths}
+    for w in lengths:
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    for w, length in lengths.items():
+        torch.testing.assert_close(before[w] - w, torch.full_like(w, length), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("d_out", [48, 192, 768])
+def test_by_default_an_update_grows_as_fast_as_loras(d_out):
+    """After a step of Adam, |P Lambda Q| is |B A| of a LoRA that begins as PEFT's does."""
+    layer, gradient = nn.Linear(96, d_out, bias=False), torch.randn(d_out, 96)
+    A, B = nn.Linear(96, 1, bias=False).weight, nn.Parameter(torch.zeros(d_out, 1))
+    nn.init.kaiming_uniform_(A, 5**0.5)
+    (gradient * (B @ A)).sum().backward()
+    torch.optim.Adam([B], lr=1e-3).step()
+    model = inject(nn.Sequential(layer), ["0"], rank=1, alpha=1.0)
+    optimizer = torch.optim.Adam(parameter_groups(model, 1e-3))
+    (gradient * model[0].delta_weight()).sum().backward()
+    model[0].P.grad = model[0].Q.grad = None  # LoRA's A stays as it is in its first step, too
+    optimizer.step()
+    ours, loras = model[0].delta_weight().norm(), (B @ A).norm()
+    assert ours.item() == pytest.approx(loras.item(), rel=0.25)
 
 
 # ---- Section 3.1: the penalty ----

@@ -1,6 +1,5 @@
-"""The pictures of a run. A method has one colour in all of them."""
+"""The pictures of a run."""
 
-import itertools
 from pathlib import Path
 
 import pandas
@@ -9,8 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH = 9.0  # inches; GitHub shows some 900 pixels, so text of 10 points stays legible
-COLORS = dict(zip(("ElaLoRA", "LoRA", "AdaLoRA", "even ranks"),  # the colour-blind can tell them
-                  seaborn.color_palette("colorblind")))
 
 
 def new(columns: int = 1, rows: int = 1, height: float = 4.0, **kwargs
@@ -26,11 +23,6 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=100, bbox_inches="tight", format="png", metadata={"Software": None})
 
 
-def color_of(title: str) -> object:
-    """Of a run's method; black for what is no method."""
-    return COLORS.get(title.split(", ")[0], "black")
-
-
 def heatmaps(maps: dict[str, pandas.DataFrame], path: Path) -> None:
     """Ranks by matrix and layer, as Figures 2 and 8, side by side on one scale."""
     cells = next(iter(maps.values()))
@@ -44,14 +36,10 @@ def heatmaps(maps: dict[str, pandas.DataFrame], path: Path) -> None:
 
 
 def distributions(scores: dict[str, pandas.Series], path: Path) -> None:
-    """How log10 of the importance scores is distributed (Figure 5), cumulatively. The second curve
-    of a colour is dashed."""
+    """How log10 of the importance scores is distributed (Figure 5), cumulatively."""
     figure, (axis,) = new()
-    dashes = {}
     for name, S in scores.items():
-        color = color_of(name)
-        dash = next(dashes.setdefault(color, itertools.cycle(("-", "--", ":"))))
-        axis.ecdf(S, label=name, color=color, linestyle=dash)
+        axis.ecdf(S, label=name)
     axis.set(xlabel="log10 of the importance score (a score of 0 is drawn at -20)",
              ylabel="share of the ranks")
     figure.legend(loc="outside lower center", ncols=len(scores))
@@ -64,7 +52,7 @@ def curve(log: Path, path: Path) -> None:
     figure, axes = new(1, 3, 6.0, sharex=True, height_ratios=(3, 1, 1))
     steps = pandas.read_csv(log, index_col="step")
     axes[0].plot(steps["loss"], color="0.8", linewidth=0.8)
-    axes[0].plot(steps["loss"].rolling(len(steps) // 50 + 1, 1).mean(), color=COLORS["ElaLoRA"])
+    axes[0].plot(steps["loss"].rolling(len(steps) // 50 + 1, 1).mean())
     for step in steps.index[steps["ranks_moved"] > 0]:
         axes[0].axvline(step, ymax=0.04, color="black", linewidth=0.8)
     for axis, name in zip(axes[1:], ("learning_rate", "gradient_norm")):

@@ -27,17 +27,16 @@ import numpy as np
 import pandas
 from scipy import optimize, stats
 
-from experiments.tables import FAMILIES, Config
+from experiments.tables import FAMILIES, METHODS, Config
 
-METHODS = dict(  # the last three are in results/ only
-    elalora="ElaLoRA", svd="even ranks", lora="LoRA", adalora="AdaLoRA",
-    eva="EVA", final="ElaLoRA's final ranks", shuffled="shuffled ranks")
+TITLES = {name: title for name, (title, _) in METHODS.items()}
+TITLES |= dict(eva="EVA", final="ElaLoRA's final ranks", shuffled="shuffled ranks")  # in results/
 ASKED = asdict(Config(None, None, None, None))  # the defaults of what older runs do not name
 RESULTS = Path(__file__).parent.parent / "results"
-LEGEND = """The first table is in percent. Mean ± standard deviation over the seeds; (n) where only
-n of them are done. An average is over the tasks shown. Parameters are counted at the end of a run;
-the paper counts AdaLoRA's at the start. Differences are paired by seed and tested from five pairs
-on (Student's t, Holm's correction)."""
+LEGEND = """The heading says what all runs share. The first table is in percent. Mean ± standard
+deviation over the seeds; (n) where only n of them are done. An average is over the tasks shown.
+Parameters are counted at the end of a run; the paper counts AdaLoRA's at the start. Differences are
+paired by seed and tested from five pairs on (Student's t, Holm's correction)."""
 MARK = "<!-- made by experiments/report.py -->"
 
 
@@ -55,7 +54,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 def label(arguments: dict) -> str:
     """What tells a run from others, but for task and seed, in the names of folders."""
     words = [arguments["method"], f"r{arguments['rank']}", "+".join(arguments["targets"]),
-             Path(arguments.get("ranks") or "").stem, *sorted(arguments["set"])]
+             Path(arguments["ranks"] or "").stem, *sorted(arguments["set"])]
     return "-".join(filter(None, words))
 
 
@@ -65,16 +64,20 @@ def words(results: dict) -> list[str]:
     First comes the method, or a "name" that was added to the results. Rank 4 is not named.
     """
     asked = ASKED | results["arguments"]
-    method = METHODS.get(asked["method"], asked["method"])
+    method = TITLES.get(asked["method"], asked["method"])
     if asked["ranks"]:
         method = f"ranks of {asked['ranks']}"
     found = [results.get("name", method)]
-    found += [f"rank {asked['rank']}"] * (asked["rank"] != 4)
-    found += [f"only {' + '.join(asked['targets'])}"] * any(asked["targets"])
+    if asked["rank"] != 4:
+        found.append(f"rank {asked['rank']}")
+    if any(asked["targets"]):
+        found.append(f"only {' + '.join(asked['targets'])}")
     for setting in sorted(asked["set"]):
         found.append(setting.replace("learning_rate=", "lr ").replace("=", " = "))
-    others = ("model", "data_dir", "epochs", "holdout", "dtype", "processes")
-    return found + [f"{name} {asked[name]}" for name in others if asked[name] != ASKED[name]]
+    for name in ("model", "data_dir", "epochs", "holdout", "dtype", "processes"):
+        if asked[name] != ASKED[name]:
+            found.append(f"{name} {asked[name]}")
+    return found
 
 
 def shared_words(runs: list[dict]) -> set[str]:
@@ -121,41 +124,36 @@ def log_scores(S: list[float]) -> pandas.Series:
 
 
 def describe(results: dict) -> list[str]:
-    """What is printed of a run. Metrics are beside those of a guess and of the paper."""
+    """What is printed of a run: its metrics and mean ranks beside those that were planted and those
+    of a guess."""
     sizes = results["ranks"].values()
-    ranks = {"mean rank": mean_ranks(results["ranks"]),
-             "planted": mean_ranks(results.get("planted_ranks"))}
-    metrics = {"": results["metrics"], results.get("floor_name"): results.get("floor"),
-               "the paper": results.get("paper")}
+    columns = {
+        "found": results["metrics"] | mean_ranks(results["ranks"]),
+        "planted": mean_ranks(results["planted_ranks"]),
+        results["floor_name"]: results["floor"]}
+    table = pandas.DataFrame({name: x for name, x in columns.items() if x})
     lines = [
         "{task}, {method}, rank {rank}, seed {seed}: ".format(**results["arguments"])
         + "{total_steps} steps, {seconds:.0f} s".format(**results),
-        "  {adapter_parameters:,} adapter parameters, {trainable_parameters:,} trained in all"
-        .format(**results),
-        f"  {len(sizes)} matrices, total rank {sum(sizes)}, {min(sizes)} to {max(sizes)} each"]
-    for columns, decimals in ((ranks, 2), (metrics, 4)):
-        table = pandas.DataFrame({name: x for name, x in columns.items() if x})
-        lines.append(table.to_string(float_format=f"{{:.{decimals}f}}".format, na_rep=""))
-    if results.get("note"):
+        f"  {len(sizes)} matrices, total rank {sum(sizes)}, {min(sizes)} to {max(sizes)} each; "
+        "metrics and mean ranks:",
+        table.to_string(float_format="{:.4g}".format, na_rep="")]
+    if results["note"]:
         lines.append(f"  {results['note']}")
     return lines
 
 
 # ---- Studies ----
 def read(folder: Path) -> list[dict]:
-    """All runs in a folder of run folders, but no costs. ValueError if a file is broken."""
+    """All runs in a folder of run folders."""
     runs = []
     for path in sorted(folder.rglob("results.json")):
+        results = json.loads(path.read_text())
+        results["folder"] = path.parent.relative_to(folder).as_posix()
         predictions = path.with_name("predictions.json")
-        try:
-            results = json.loads(path.read_text())
-            results |= dict(folder=path.parent.relative_to(folder).as_posix())
-            if predictions.exists():
-                results["predictions"] = json.loads(predictions.read_text())
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path.parent}: {error}; delete it") from None
-        if "history" in results:
-            runs.append(results)
+        if predictions.exists():
+            results["predictions"] = json.loads(predictions.read_text())
+        runs.append(results)
     return runs
 
 
@@ -166,14 +164,15 @@ def read_study(study: Path) -> list[dict]:
 
 
 def pack(folder: Path, study: Path) -> None:
-    """Adds the runs in a folder to a study's two files. ValueError if the study has another run in
-    a folder of this name, or if there is no run."""
+    """Adds the runs in a folder to a study's two files. ValueError if the folder has no run, or if
+    the study has another run in a folder of the same name."""
+    added = read(folder)
+    if not added:
+        raise ValueError(f"{folder} has no run, which is a folder with a results.json")
     found = {r["folder"]: r for r in read_study(study)} if Path(f"{study}.csv").exists() else {}
-    for r in read(folder):
+    for r in added:
         if found.setdefault(r["folder"], r) != r:
             raise ValueError(f"{study} has another run in a folder of the name {r['folder']}")
-    if not found:
-        raise ValueError(f"{folder} has no run, which is a folder with a results.json")
     runs = [found[name] for name in sorted(found)]
     table = frame(runs).to_csv(index=False)
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in runs)
@@ -201,10 +200,9 @@ def frame(runs: list[dict]) -> pandas.DataFrame:
     rows.insert(0, "run", "")
     for _, of_task in rows.groupby("task"):
         rows.loc[of_task.index, "run"] = titles([runs[i] for i in of_task.index])
-    keys = rows[["task", "run", "seed"]]
-    if keys.duplicated().any():
-        twice = ", ".join(map(str, keys[keys.duplicated()].iloc[0]))
-        raise ValueError(f"two runs are {twice}; add a \"name\" to one's results.json")
+    twice = rows["run"][rows.duplicated(["task", "run", "seed"])]
+    if len(twice):
+        raise ValueError(f'{twice.iloc[0]}: two runs are alike; add a "name" to a results.json')
     for _, alike in rows.groupby(["task", "run"]):  # with the ranks of the other seeds
         maps = pandas.DataFrame({i: runs[i]["ranks"] for i in alike.index})
         pairs = maps.corr("spearman").mask(np.eye(len(alike), dtype=bool))
@@ -246,18 +244,19 @@ def differences(rows: pandas.DataFrame, metric: str, pairs: list[list[str]]) -> 
 
 def families_of(study: Path, rows: pandas.DataFrame) -> dict[str, list[list[str]]]:
     """The pairs of runs to compare, of runs of one task: those that contrasts.json names, else
-    ElaLoRA (with the rank and settings that most runs share) and each other run."""
-    path, present = study.with_name("contrasts.json"), [*rows["run"].unique()]
-    named = json.loads(path.read_text()).get(study.name, {}) if path.exists() else {}
+    ElaLoRA (with the settings that most runs share) and each other run."""
+    path, present = study.with_name("contrasts.json"), rows["run"].unique()
+    named = json.loads(path.read_text()).get(study.name) if path.exists() else None
     ours = rows["method"] == "elalora"
     found = {}
-    for family, pairs in named.items():
-        run = [pair for pair in pairs if {*pair} <= {*present}]
-        found[f"{family}, {len(run)} of {len(pairs)} named beforehand"] = run
-    if not named and ours.any():
-        asked = [*rows.columns.intersection(["rank", "targets", "set"])]
-        alike = rows.groupby(asked, dropna=False)["run"].transform("size")
-        reference = min(rows["run"][ours & (alike == alike[ours].max())], key=len)
+    if named:
+        for family, pairs in named.items():
+            run = [pair for pair in pairs if {*pair} <= {*present}]
+            found[f"{family}, {len(run)} of {len(pairs)} named beforehand"] = run
+    elif ours.any():
+        settings = rows["run"].str.partition(", ")[2]
+        alike = settings.groupby(settings).transform("size")
+        reference = rows["run"][ours & (alike == alike[ours].max())].min()
         found["ElaLoRA and others"] = [[reference, x] for x in present if x != reference]
     return found
 
@@ -303,35 +302,33 @@ def tables(study: Path, rows: pandas.DataFrame) -> str:
                        for heading, table in found.items() if table.size)
 
 
-def papers_table(family: str, runs: list[dict]) -> str:
+def papers_table(family: str, rows: pandas.DataFrame) -> str:
     """A family's tasks × methods in percent, beside the paper's rows; then, what was not run."""
-    columns, keys = FAMILIES[family].columns, ["rank", "method", "run", "seed"]
-    rows = frame(runs).assign(run=titles(runs)).replace({"run": r", rank \d+"}, "", regex=True)
-    parameters = rows.groupby(keys[:3])["adapter_parameters"].transform("mean")
-    rows["parameters, M"] = (parameters / 1e6).round(2)
+    keys, first = ["rank", "method", "run"], "parameters, M"
+    columns, results = FAMILIES[family].columns, FAMILIES[family].results
+    rows = rows.replace({"run": r", rank \d+"}, "", regex=True)
     for name, (task, metric) in columns.items():
         if metric in rows:
             rows[name] = 100 * rows[metric].where(rows["task"] == task)
-    numbers = ["parameters, M", *columns]
-    wide = rows.reindex(columns=keys + numbers).groupby(keys).mean()
-    wide = wide.dropna(axis="columns", how="all")
-    paper = pandas.DataFrame(FAMILIES[family].results, numbers).reindex(wide.columns)
-    wide["average"] = wide.iloc[:, 1:].mean(axis="columns", skipna=False)
-    paper.loc["average"] = paper.iloc[1:].mean()
-    cells = wide.groupby(keys[:3]).agg(mean_std)
-    missing: dict[str, list[str]] = {}
+    done = [name for name in columns if name in rows and rows[name].notna().any()]
+    by_seed = rows.groupby([*keys, "seed"])[done].mean()
+    by_seed["average"] = by_seed.mean(axis="columns", skipna=False)
+    cells = by_seed.groupby(keys).agg(mean_std)
+    parameters = rows.groupby(keys)["adapter_parameters"].mean() / 1e6
+    cells.insert(0, first, parameters.map("{:.2f}".format))
+    paper = pandas.DataFrame(results, [first, *columns]).reindex([first, *done])
+    paper.loc["average"] = paper.loc[done].mean()
+    run = {(method, rank) for rank, method, _ in cells.index}
+    missing = [name for name in columns if name not in done]
     for method, rank in paper:
-        done = wide.query("method == @method and rank == @rank").count()
-        if done.any():
-            title = f"{METHODS[method]}, the paper"
-            cells.loc[(rank, method, title), :] = paper[method, rank].map("{:.2f}".format)
-        lacking = ", ".join(name for name in columns if not done.get(name))
-        missing.setdefault(lacking, []).append(f"{METHODS[method]} at rank {rank}")
-    missing.pop("", None)
-    lacking = "; ".join(f"{', '.join(names)}: {tasks}" for tasks, names in missing.items())
+        if (method, rank) not in run:
+            missing.append(f"{TITLES[method]} at rank {rank}")
+        else:
+            numbers = paper[method, rank].map("{:.2f}".format)
+            cells.loc[(rank, method, f"{TITLES[method]}, the paper"), :] = numbers
     table = cells.sort_index().droplevel("method").reset_index()
     text = table.to_markdown(index=False, disable_numparse=True)
-    return text + f"\n\nNot run: {lacking}." * bool(lacking)
+    return text + f"\n\nNot run: {', '.join(missing)}." * bool(missing)
 
 
 def check_page(folder: Path, family: str) -> Path:
@@ -348,25 +345,20 @@ def compare(folder: Path, family: str) -> str:
     page, tasks = check_page(folder, family), FAMILIES[family].tasks
     runs = [r for r in read(folder) if r["arguments"]["task"] in tasks]
     rows = frame(runs).drop(columns=["seconds", "commit"])  # the same runs make the same page
-    top = papers_table(family, runs)
-    every = ", ".join(sorted(shared_words(runs)))
-    parts = [f"{MARK}\n# {family}", f"Every run: {every}." * bool(every), top, LEGEND,
-             tables(folder / family, rows)]
-    whole = "\n\n".join(filter(None, parts)) + "\n"
-    write(page, lambda path: path.write_text(whole))
+    top = papers_table(family, rows.assign(run=titles(runs)))
+    heading = ", ".join([family, *sorted(shared_words(runs))])
+    parts = [f"{MARK}\n# {heading}", top, LEGEND, tables(folder / family, rows)]
+    write(page, lambda path: path.write_text("\n\n".join(parts) + "\n"))
     return top
 
 
 # ---- Results in texts ----
 def fill(text: str, folder: Path = RESULTS) -> str:
-    """The text with what the studies in a folder say between its marks. ValueError if they do not
-    say it."""
+    """The text with what the studies in a folder say between its marks. KeyError or
+    FileNotFoundError if they do not say it."""
     def filled(mark: re.Match) -> str:
-        fields = [x.strip() for x in mark[2].split(";")]
-        try:
-            return mark[1] + number(folder, *fields) + "<!--end-->"
-        except (KeyError, FileNotFoundError) as error:
-            raise ValueError(f"{mark[1]}: {error} not found") from None
+        fields = [field.strip() for field in mark[2].split(";")]
+        return mark[1] + number(folder, *fields) + "<!--end-->"
     return re.sub(r"(<!--([^;>]+(?:;[^;>]+){2,3})-->).*?<!--end-->", filled, text)
 
 
@@ -386,23 +378,19 @@ def number(folder: Path, study: str, run: str, metric: str, shape: str = "") -> 
 
 # ---- The command ----
 def main(argv: list[str]) -> None:
-    if argv[:1] == ["pack"] and len(argv) == 3:
-        study = argv[2].removesuffix(".csv")
-        pack(Path(argv[1]), Path(study))
-        argv = [f"{study}.csv"]  # to be printed
-    if argv[:1] == ["fill"]:
-        for path in map(Path, argv[1:]):
-            filled = fill(path.read_text())
-            write(path, lambda temporary: temporary.write_text(filled))
-    elif argv and all(name.endswith(".csv") for name in argv):
-        for path in map(Path, argv):
-            print(f"# {path.stem}\n\n{tables(path.with_suffix(''), pandas.read_csv(path))}\n")
-    else:
-        sys.exit(__doc__)
+    match argv:
+        case ["pack", folder, study]:
+            pack(Path(folder), Path(study))
+        case ["fill", *texts]:
+            for path in map(Path, texts):
+                filled = fill(path.read_text())
+                write(path, lambda temporary: temporary.write_text(filled))
+        case [_, *_]:
+            for path in map(Path, argv):
+                print(f"# {path.stem}\n\n{tables(path.with_suffix(''), pandas.read_csv(path))}\n")
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"experiments.report: error: {error}")
+    main(sys.argv[1:])

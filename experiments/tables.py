@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
-METHODS = {  # name -> what --help says of it
-    "elalora": "the paper's method",
-    "svd": "the same adapter, but its ranks never move: even ranks, or those of --ranks",
-    "lora": "PEFT's LoRA",
-    "adalora": "PEFT's AdaLoRA",
+METHODS = {  # name -> its title in tables, what --help says of it
+    "elalora": ("ElaLoRA", "the paper's method"),
+    "svd": ("even ranks", "the same adapter, but its ranks never move: even ranks, or those of "
+            "--ranks"),
+    "lora": ("LoRA", "PEFT's LoRA"),
+    "adalora": ("AdaLoRA", "PEFT's AdaLoRA"),
 }
 TAKE_RANKS = ("svd",)  # the methods that --ranks is for
 

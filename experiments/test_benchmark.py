@@ -31,9 +31,3 @@ def test_every_round_times_a_step_of_every_method_on_one_batch(monkeypatch, caps
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:6]]
     found = {name.strip(): [float(x) for x in cells] for name, *cells in rows}
     assert found == {name: [s / 2] * 3 + [4000 * s] for name, s in seconds.items()}
-
-
-def test_bad_arguments_of_the_benchmark_are_refused(refusal):
-    """In one line and with exit code 2."""
-    last = refusal("--rank", 0, main=benchmark.main)
-    assert last.startswith("experiments.benchmark: error: the rank of ") and "got 0" in last
