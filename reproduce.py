@@ -10,11 +10,11 @@
 
 A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's
 answer to every example, and its loss), log.csv (every step) and loss.png, ranks.png, peft/ (for
-PeftModel), scores.png (LoRA has none) and, for ElaLoRA, adapter.safetensors; and checkpoint.pt
-after every epoch, for --resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with
-the paper's. Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning
-rate rises for 10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there
-is no weight decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
+PeftModel), for elalora and svd also scores.png and adapter.safetensors; and checkpoint.pt after
+every epoch, for --resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with the
+paper's. Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning rate
+rises for 10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there is no
+weight decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 from experiments.tables import (
-    FAMILIES, FAMILY_OF, METHODS, PAPERS_TASKS, TAKE_RANKS, Config, Recipe, recipe_of, settings_of)
+    FAMILIES, FAMILY_OF, METHODS, TAKE_RANKS, Config, Recipe, recipe_of, settings_of)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,24 +62,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"),
         help="of autocast; default: bfloat16 on a GPU that has it, else float32")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    add("--report-to", choices=("tensorboard", "wandb"),
-        help="beside log.csv; needs the package of that name. TensorBoard reads OUTPUT_DIR")
     add("--output-dir", type=Path, default=Path("runs"), help="default: runs")
     add("--resume", action="store_true", help="go on where unfinished runs had a checkpoint")
     add("--dry-run", action="store_true",
-        help="print the runs, their steps, and the hours of training by one timed step of each")
+        help="print the steps and hours of what is left to train, by a timed step of each kind")
     return parser
 
 
 def read_ranks(file: str, asked: list[int]) -> dict[str, int]:
-    """ValueError if the file of --ranks has no ranks, or another mean than --rank asks for."""
-    try:
-        content = json.loads(Path(file).read_text())
-        ranks = content.get("ranks", content)
-        mean = statistics.fmean(ranks.values())
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"--ranks: {file} has no map from matrices to ranks "
-                         f"({type(error).__name__}: {error})") from None
+    """The map in a file of --ranks. ValueError if its mean is not the one --rank asks for."""
+    content = json.loads(Path(file).read_text())
+    ranks = content.get("ranks", content)  # a run's results.json has more
+    mean = statistics.fmean(ranks.values())
     if asked != [mean]:
         raise ValueError(f"--ranks: {file} has a mean of {mean:g}: give --rank {mean:g}")
     return ranks
@@ -89,10 +83,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[tuple
     """The arguments, and the runs that they ask for. Prints what is wrong and exits with 2."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if min(*args.rank, *(seed + 1 for seed in args.seeds)) < 1:
-        parser.error("--rank takes integers >= 1, --seeds integers >= 0")
-    tasks = [task for name in args.task for task in (
-        dict(FAMILIES[name].columns.values()) if name in FAMILIES else [name])]
+    if min(args.rank) < 1:
+        parser.error("--rank takes integers >= 1")
+    tasks = []
+    for name in args.task:
+        family = FAMILIES.get(name)
+        tasks += [task for task, _ in family.columns.values()] if family else [name]
     args.family, *others = dict.fromkeys(FAMILY_OF[task] for task in tasks)
     if others:
         parser.error(f"--task: {args.family} and {others[0]} need a command each")
@@ -111,7 +107,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[tuple
                             args.data_dir, args.epochs, args.holdout, args.dtype)
             runs.append((config, recipe_of(config)))
         args.ranks = read_ranks(args.ranks, args.rank) if args.ranks else {}
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return args, runs
 
@@ -119,15 +115,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[tuple
 if __name__ == "__main__":
     parse()  # here, so that a mistyped argument is refused before the slow imports
 
-import importlib.util
 import os
-import shlex
 import time
 import traceback
 import warnings
 from dataclasses import asdict, replace
 
-import huggingface_hub
 import torch
 import transformers
 from torch import distributed
@@ -137,9 +130,12 @@ from experiments import problem as shared
 from experiments.data import check_files
 from experiments.methods import METHODS as CLASSES
 from experiments.methods import NOISE, Method
-from experiments.problem import DEVICE, Problem, best_dtype, commit, trained, versions
-from experiments.tables import fit_phases, papers_result, papers_run
+from experiments.problem import DEVICE, Problem, best_dtype, commit, versions
+from experiments.tables import fit_phases
 from experiments.training import check_same, make_problem, rounded, train, train_step
+
+
+ROOT = Path(__file__).parent
 
 
 # ---- One run's folder ----
@@ -156,11 +152,9 @@ def make(config: Config, recipe: Recipe, args: argparse.Namespace) -> tuple[Prob
     total = recipe.epochs * problem.steps_per_epoch
     recipe = fit_phases(recipe, config, total)
     method = CLASSES[config.method](problem, config, recipe, args.ranks)
-    threads = torch.get_num_threads()
-    paper = f" (the paper: {papers_run(config)[1]:,})" if config.task in PAPERS_TASKS else ""
     print(f"{folder_of(config, args.output_dir).name}: {DEVICE}, {config.dtype or 'float32'}, "
-          f"{threads} thread{'s' * (threads > 1)}, {method.parameters():,} adapter parameters, "
-          f"{total:,} steps{paper}: warm-up {recipe.warmup:,}, stabilization {recipe.stabilize:,}, "
+          f"{torch.get_num_threads()} thread(s), {method.parameters():,} adapter parameters, "
+          f"{total:,} steps: warm-up {recipe.warmup:,}, stabilization {recipe.stabilize:,}, "
           f"adjustments every {recipe.interval:,}", flush=True)
     return problem, method
 
@@ -170,18 +164,15 @@ def run(config: Config, recipe: Recipe, args: argparse.Namespace) -> dict:
     code = commit()  # now: it may change while the run trains
     folder = folder_of(config, args.output_dir)
     problem, method = make(config, recipe, args)
-    log = train(problem, method, config, folder / "checkpoint.pt", args.report_to)
+    log = train(problem, method, config, folder / "checkpoint.pt")
     metrics = log["history"][-1]["metrics"]
     results = dict(
         arguments=asdict(config), recipe=asdict(method.recipe), metrics=metrics,
         floor=problem.floor, floor_name=problem.floor_name, note=problem.note(metrics),
-        paper=papers_result(config, method.t), planted_ranks=problem.planted_ranks,
-        adapter_parameters=method.parameters(),
-        trainable_parameters=sum(w.numel() for w in trained(problem.model).values()),
-        total_steps=method.t, seconds=round(log["seconds"], 1),
-        command=shlex.join(["python", "reproduce.py", *sys.argv[1:]]), commit=code,
-        versions=versions(), ranks=method.ranks(), history=log["history"],
-        adjustments=log["adjustments"], scores=log["scores"])
+        planted_ranks=problem.planted_ranks, adapter_parameters=method.parameters(),
+        total_steps=method.t, seconds=round(log["seconds"], 1), commit=code, versions=versions(),
+        ranks=method.ranks(), history=log["history"], adjustments=log["adjustments"],
+        scores=log["scores"])
     if shared.PROCESS == 0:
         method.export(folder)
         write_folder(folder, problem, results)
@@ -199,7 +190,7 @@ def write_folder(folder: Path, problem: Problem, results: dict) -> None:
             for name, found in ranks.items() if found}
     figures.heatmaps(maps, folder / "ranks.png")
     scores = {f"after step {step}": report.log_scores(S)
-              for step, S in results["scores"].items() if S}  # LoRA has none
+              for step, S in results["scores"].items() if S}  # PEFT's methods have none
     if scores:
         figures.distributions(scores, folder / "scores.png")
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in results.items()]
@@ -216,50 +207,30 @@ def earlier(config: Config, args: argparse.Namespace) -> dict | None:
         if path.with_name("checkpoint.pt").exists() and not (args.resume or args.dry_run):
             raise ValueError(f"{path.parent} has an unfinished run: --resume goes on with it")
         return None
-    try:
-        results = json.loads(path.read_text())
-        check_same(results["arguments"], config)
-        if args.ranks and results["ranks"] != args.ranks:
-            raise ValueError(f"{config.ranks} had other ranks when this run was made")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}; delete it or take another --output-dir") from None
+    results = json.loads(path.read_text())
+    check_same(path, results["arguments"], config)
+    if args.ranks and results["ranks"] != args.ranks:
+        raise ValueError(f"{config.ranks} had other ranks when the run of {path} was made")
     return results
 
 
-def check_hub(args: argparse.Namespace) -> None:
-    """If the hub is needed and does not answer, goes offline: no library then waits for it."""
-    hub = huggingface_hub.constants
-    local = not args.model or args.data_dir and Path(args.model).exists()
-    if local or hub.HF_HUB_OFFLINE:
-        return
-    try:
-        huggingface_hub.get_session().head(hub.ENDPOINT, timeout=3)
-    except Exception as error:  # of whatever client the hub's library uses
-        print(f"reproduce.py: {hub.ENDPOINT} does not answer ({type(error).__name__}): only what "
-              "was downloaded before can be used", file=sys.stderr)
-        hub.HF_HUB_OFFLINE = True
-
-
 def dry_run(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None:
-    """Prints the runs, their steps, and the hours of training by a timed step of each kind."""
-    kinds: dict[tuple, tuple[int, float]] = {}
-    hours = 0.0
-    for config, recipe in runs:
-        kind = config.task, config.method, config.rank
-        if kind not in kinds:
-            problem, method = make(config, recipe, args)
-            batch = next(iter(problem.batches(1)))
-            problem.model.train()
-            for _ in range(2):  # the first one takes longer
-                start = time.time()
-                loss, _, _ = train_step(problem, batch, method)
-                loss.item()  # waits for the GPU
-            kinds[kind] = method.schedule.total_steps, time.time() - start
-        steps, seconds = kinds[kind]
-        hours += steps * seconds / 3600
-        print(f"  {folder_of(config, args.output_dir).name}: {steps:,} steps of {seconds:.2g} s, "
-              f"{steps * seconds / 3600:.2f} hours", flush=True)
-    print(f"{len(runs)} runs are left, {hours:.2f} hours without their evaluations")
+    """Prints the hours of training of all runs, by a timed step of each kind."""
+    total = 0.0
+    for _, alike in itertools.groupby(runs, lambda run: (run[0].task, run[0].method, run[0].rank)):
+        alike = [*alike]  # but for the seed
+        problem, method = make(*alike[0], args)
+        batch = next(iter(problem.batches(1)))
+        problem.model.train()
+        for _ in range(2):  # the first one takes longer
+            start = time.time()
+            loss, _, _ = train_step(problem, batch, method)
+            loss.item()  # waits for the GPU
+        seconds = time.time() - start
+        hours = len(alike) * method.schedule.total_steps * seconds / 3600
+        total += hours
+        print(f"  {seconds:.2g} s a step, seeds: {len(alike)}, hours: {hours:.2f}", flush=True)
+    print(f"{len(runs)} runs are left, {total:.2f} hours without their evaluations")
 
 
 def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None:
@@ -269,13 +240,8 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None
             for config, recipe in runs]
     check_files(args.model, args.data_dir, [folder_of(c, args.output_dir) for c, _ in runs])
     report.check_page(args.output_dir, args.family)
-    if args.report_to and not importlib.util.find_spec(args.report_to):
-        raise ValueError(f"--report-to {args.report_to}: pip install {args.report_to}")
-    for _, recipe in runs:
-        if recipe.batch_size % shared.PROCESSES:
-            raise ValueError(
-                f"{shared.PROCESSES} processes cannot share batches of {recipe.batch_size}")
-    check_hub(args)
+    if any(recipe.batch_size % shared.PROCESSES for _, recipe in runs):
+        raise ValueError(f"{shared.PROCESSES} processes cannot share every batch equally")
     known = [earlier(config, args) for config, _ in runs]
     if args.dry_run:
         return dry_run(args, [run for run, results in zip(runs, known) if not results])
@@ -289,22 +255,6 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None
         table = report.compare(args.output_dir, args.family)
         if len(runs) > 1:
             print(f"{table}\n\nwritten: {args.output_dir / args.family}.md")
-
-
-def explain(error: ValueError | OSError, args: argparse.Namespace) -> str:
-    """A line. All of a library's ValueError is written into a file, which the line names."""
-    hint = ""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
-    own = raised_in in (Path(__file__).parent, Path(report.__file__).parent)
-    if isinstance(error, OSError) and error.errno is None and args.model:  # of the hub
-        hint = (f" (without the hub: --model folders/{Path(args.model).name} "
-                f"--data-dir folders/{args.family})")
-    if isinstance(error, ValueError) and (error.__cause__ or not own):
-        path = args.output_dir / "traceback.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(traceback.format_exc())
-        hint = f" (all of it: {path})"
-    return f"reproduce.py: error: {str(error).strip().splitlines()[0]}{hint}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -325,12 +275,11 @@ def main(argv: list[str] | None = None) -> None:
         run_all(args, runs)
         if shared.PROCESSES > 1:
             distributed.destroy_process_group()
-    except KeyboardInterrupt:
-        print("reproduce.py: interrupted; --resume goes on after the last whole epoch, if any",
-              file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(explain(error, args), file=sys.stderr)
+    except ValueError as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
+        if error.__cause__ or raised_in not in (ROOT, ROOT / "experiments"):
+            raise  # a library's: its traceback says more
+        print(f"reproduce.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

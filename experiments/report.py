@@ -124,14 +124,13 @@ def log_scores(S: list[float]) -> pandas.Series:
 
 
 def describe(results: dict) -> list[str]:
-    """What is printed of a run: its metrics and mean ranks beside those that were planted, those of
-    a guess and those of the paper."""
+    """What is printed of a run: its metrics and mean ranks beside those that were planted and those
+    of a guess."""
     sizes = results["ranks"].values()
     columns = {
         "found": results["metrics"] | mean_ranks(results["ranks"]),
         "planted": mean_ranks(results["planted_ranks"]),
-        results["floor_name"]: results["floor"],
-        "the paper": results["paper"]}
+        results["floor_name"]: results["floor"]}
     table = pandas.DataFrame({name: x for name, x in columns.items() if x})
     lines = [
         "{task}, {method}, rank {rank}, seed {seed}: ".format(**results["arguments"])

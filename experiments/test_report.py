@@ -53,21 +53,20 @@ def test_a_grid_has_a_row_for_a_kind_and_a_column_for_a_layer(cells):
 
 
 def test_a_run_is_described_beside_what_it_is_compared_with():
-    """Metrics beside a guess's and the paper's, mean ranks beside the planted ones, the note."""
+    """Metrics beside a guess's, mean ranks beside the planted ones, the note."""
     results = dict(
         arguments=dict(task="mrpc", method="elalora", rank=4, seed=1),
         total_steps=1740, seconds=61.4, metrics=dict(accuracy=0.9, f1=0.8),
-        floor=dict(accuracy=0.6838), floor_name="majority class", paper=dict(accuracy=0.9044),
+        floor=dict(accuracy=0.6838), floor_name="majority class",
         ranks={f"layer.{i}.{kind}": r for i in (0, 1) for kind, r in (("q", 3 + i), ("dense", 5))},
         planted_ranks={"layer.0.q": 2}, note="a note")  # fmt: skip
     lines = "\n".join(report.describe(results)).splitlines()
     assert lines[0] == "mrpc, elalora, rank 4, seed 1: 1740 steps, 61 s"
     assert lines[1].startswith("  4 matrices, total rank 17, 3 to 5 each")
     assert [re.split("  +", line.strip()) for line in lines[2:]] == [
-        ["found", "planted", "majority class", "the paper"],
-        ["accuracy", "0.9", "0.6838", "0.9044"], ["f1", "0.8"],
+        ["found", "planted", "majority class"], ["accuracy", "0.9", "0.6838"], ["f1", "0.8"],
         ["q", "3.5", "2"], ["dense", "5"], ["a note"]]
-    alone = results | dict(planted_ranks={}, floor={}, paper={}, note="")
+    alone = results | dict(planted_ranks={}, floor={}, note="")
     assert report.describe(alone)[2].split()[0] == "found" and len(report.describe(alone)) == 3
 
 

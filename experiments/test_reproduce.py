@@ -4,19 +4,15 @@ Oracles are independent: the model that was written, a run of one process.
 """
 
 import ast
-import http.server
 import itertools
 import json
 import re
 import shutil
-import statistics
 import subprocess
-import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import pandas
 import pytest
 import torch
@@ -26,10 +22,11 @@ import reproduce
 from elalora import inject, load_adapter_state_dict
 from experiments import problem as shared
 from experiments import training
-from experiments.conftest import ROOT, arguments_of, config_of, make_problem, python, torchrun
+from experiments.conftest import (
+    FAMILY_TASKS, ROOT, arguments_of, config_of, make_problem, python, torchrun,
+)  # fmt: skip
 from experiments.problem import DEVICE
 from experiments.tables import FAMILIES, recipe_of
-from experiments.training import train
 
 
 @pytest.fixture(autouse=True)
@@ -80,20 +77,7 @@ def test_a_mistyped_argument_is_refused_before_the_slow_imports(tmp_path):
 
 
 # ---- End to end ----
-METRICS = {
-    "planted": ["residual", "even_rank_bound", "best_possible", "gap_closed"],
-    "rte": ["accuracy", "loss"],
-    "stsb": ["pearson", "spearman", "loss"],
-    "xsum": ["rouge1", "rouge2", "rougeL", "validation_loss"],
-    "cifar": ["accuracy", "loss", "val_accuracy", "val_loss"],
-}
-
-
-STEPS = {"rte": " .the paper: 1,950.", "stsb": " .the paper: 2,250.",
-         "xsum": " .the paper: 12,754.", "cifar": " .the paper: 5,000."}  # fmt: skip
-
-
-@pytest.mark.parametrize("task", METRICS)
+@pytest.mark.parametrize("task", FAMILY_TASKS)
 def test_a_run_writes_all_that_it_promises(task, world, capsys):
     """Its files, from which the model that was measured can be made again; later it is skipped."""
     config = config_of(world, task, epochs=2)
@@ -104,12 +88,8 @@ def test_a_run_writes_all_that_it_promises(task, world, capsys):
     assert {path.name for path in folder.iterdir()} == names
     assert all((folder / name).read_bytes()[1:4] == b"PNG" for name in names if ".png" in name)
     results = results_of(folder)
-    assert {*results} == {
-        "arguments", "recipe", "metrics", "floor", "floor_name", "paper", "note", "planted_ranks",
-        "adapter_parameters", "trainable_parameters", "total_steps", "seconds", "command", "commit",
-        "versions", "ranks", "history", "adjustments", "scores"}  # fmt: skip
-    assert results["arguments"] == config.__dict__ and list(results["metrics"]) == METRICS[task]
-    assert results["adjustments"] and len(results["history"]) == 2 and results["paper"] == {}
+    assert results["arguments"] == config.__dict__ and len(results["history"]) == 2
+    assert results["adjustments"] and results["metrics"] == results["history"][-1]["metrics"]
     if task != "planted":
         problem = make_problem(config, recipe_of(config))
         inject(problem.model, problem.targets, results["ranks"], modules_to_save=problem.heads)
@@ -117,14 +97,10 @@ def test_a_run_writes_all_that_it_promises(task, world, capsys):
         problem.model.to(DEVICE).eval()
         assert problem.evaluate(True) == pytest.approx(results["metrics"], rel=1e-3, abs=1e-4)
         outputs = json.loads((folder / "predictions.json").read_text())
-        expected = problem.outputs["prediction"]
-        near = pytest.approx(expected, abs=1e-3) if task == "stsb" else [*expected]
-        assert outputs["prediction"] == near
+        assert outputs["prediction"] == [*problem.outputs["prediction"]]
         if task != "xsum":
-            mean = statistics.fmean(outputs["loss"])
-            assert mean == pytest.approx(results["metrics"]["loss"], rel=1e-3)
-    first = capsys.readouterr().out
-    assert re.search(f"adapter parameters, [0-9]+ steps{STEPS.get(task, '')}: warm-up", first)
+            assert outputs["loss"] == pytest.approx(problem.outputs["loss"], rel=1e-3)
+    capsys.readouterr()
     reproduce.main(arguments_of(config))
     assert f"finished before: {folder}" in capsys.readouterr().out
 
@@ -181,9 +157,9 @@ def test_a_run_names_the_commit_that_made_it(tmp_path, monkeypatch):
     assert shared.commit() is None
 
 
-def test_a_file_of_ranks_takes_the_place_of_even_ones(world, tmp_path, refusal):
-    """A map, or the results of a run. What has no map, another mean, other matrices, or not the
-    ranks that a finished run had, is refused."""
+def test_a_file_of_ranks_takes_the_place_of_even_ones(refusal):
+    """A map, or the results of a run. Another mean is refused, and the results of a run for which
+    the file had other ranks."""
     results = Path("runs/planted-elalora-r4-s0/results.json")
     reproduce.main(["--epochs", "2"])
     ranks = results_of(results.parent)["ranks"]
@@ -193,17 +169,11 @@ def test_a_file_of_ranks_takes_the_place_of_even_ones(world, tmp_path, refusal):
         reproduce.main(["--method", "svd", "--ranks", file, "--epochs", "2"])
         found = results_of(f"runs/planted-svd-r4-{Path(file).stem}-s0")
         assert found["ranks"] == ranks and not found["adjustments"]
+    asked = ["--method", "svd", "--ranks", "map.json", "--epochs", "2"]
+    for rank, message in ((4, "map.json had other ranks"), (3, "a mean of 3: give --rank 3")):
+        Path("map.json").write_text(json.dumps(dict.fromkeys(ranks, rank)))
+        assert message in refusal(*asked)
     assert "--ranks is for --method svd alone" in refusal("--ranks", "map.json")
-    for content, message in (
-        ([1], "bad.json has no map"), (dict.fromkeys(ranks, "4"), "bad.json has no map"),
-        (dict.fromkeys(ranks, 4.0), "must be an integer"), (ranks | {"x": 4}, "x"),
-        (dict.fromkeys(ranks, 3), "has a mean of 3: give --rank 3"),
-    ):  # fmt: skip
-        Path("bad.json").write_text(json.dumps(content))
-        assert message in refusal("--method", "svd", "--ranks", "bad.json")
-    Path("map.json").write_text(json.dumps(dict.fromkeys(ranks, 4)))
-    last = refusal("--method", "svd", "--ranks", "map.json", "--epochs", "2")
-    assert "map.json had other ranks" in last
 
 
 # ---- A table in one command ----
@@ -215,29 +185,32 @@ def test_a_family_stands_for_the_papers_tasks():
         assert [config.task for config, _ in runs] == tasks.split() and args.family == family
 
 
-def test_a_table_that_is_interrupted_twice_ends_in_the_same_page(world, monkeypatch, capsys):
-    """With --resume it goes on where it was, and makes no run twice. Two seeds end unlike."""
-    words = [*arguments_of(config_of(world, "rte", epochs=2)), "--task", "rte", "stsb",
-             "--method", "elalora", "lora", "--seeds", "0", "1"]  # fmt: skip
-    reproduce.main([*words, "--output-dir", "whole"])
-    evaluate, count = training.evaluate, itertools.count(1)
+def test_a_table_that_is_interrupted_twice_ends_in_the_same_page(world, monkeypatch, refusal):
+    """In evaluations after a last and after a first epoch. Given again with --resume, the command
+    goes on: no run is made twice, no epoch is trained twice. Without --resume it is refused."""
+    words = [*arguments_of(config_of(world, "rte", epochs=2)), "--method", "elalora", "lora",
+             "--seeds", "0", "1"]  # fmt: skip
+    counts = dict(evaluate=itertools.count(1), train_step=itertools.count(1))
+    evaluate, step = training.evaluate, training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *a: next(counts["train_step"]) and step(*a))
 
     def interrupted(*arguments):
-        if next(count) in (4, 9):  # of 16
+        if next(counts["evaluate"]) in (2, 6):
             raise KeyboardInterrupt
         evaluate(*arguments)
 
     monkeypatch.setattr(training, "evaluate", interrupted)
     for _ in range(2):
-        with pytest.raises(SystemExit):
+        with pytest.raises(KeyboardInterrupt):
             reproduce.main([*words, "--resume"])
+        assert "has an unfinished run: --resume goes on with it" in refusal(*words)
     reproduce.main([*words, "--resume"])
-    assert next(count) == 16 + 2 + 1  # two were interrupted
+    assert next(counts["evaluate"]) == 4 * 2 + 2 + 1 and next(counts["train_step"]) == 4 * 12 + 1
+    reproduce.main([*words, "--output-dir", "whole"])
     assert Path("runs/glue.md").read_bytes() == Path("whole/glue.md").read_bytes()
     logs = [path.read_text() for path in sorted(Path("whole").glob("*/log.csv"))]
     assert logs == [path.read_text() for path in sorted(Path("runs").glob("*/log.csv"))]
-    assert len({*logs}) == 8
-    assert "written: runs/glue.md" in capsys.readouterr().out
+    assert len({*logs}) == 4
 
 
 def test_a_dry_run_says_the_hours_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -248,11 +221,9 @@ def test_a_dry_run_says_the_hours_and_writes_nothing(tmp_path, monkeypatch, caps
     monkeypatch.setattr(reproduce, "time", SimpleNamespace(time=lambda: next(times)))
     capsys.readouterr()
     reproduce.main([*words, "--seeds", "0", "1", "--dry-run"])
-    out = [line for line in capsys.readouterr().out.splitlines() if "adapter" not in line]
+    out = [line for line in capsys.readouterr().out.splitlines() if "20 steps:" not in line]
     assert out == [
-        "  planted-elalora-r4-s0: 20 steps of 36 s, 0.20 hours",
-        "  planted-elalora-r4-s1: 20 steps of 36 s, 0.20 hours",
-        "  planted-lora-r4-s1: 20 steps of 72 s, 0.40 hours",
+        "  36 s a step, seeds: 2, hours: 0.40", "  72 s a step, seeds: 1, hours: 0.40",
         "3 runs are left, 0.80 hours without their evaluations"]  # fmt: skip
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -261,7 +232,7 @@ def test_gradient_checkpointing_changes_no_number(world, monkeypatch):
     """Dropout draws the same numbers when layers are computed again."""
     config, models = config_of(world, "rte", epochs=2), []
     monkeypatch.setattr(reproduce, "train", lambda problem, *a: (
-        models.append(problem.model), train(problem, *a))[1])
+        models.append(problem.model), training.train(problem, *a))[1])
     for words in ([], ["--gradient-checkpointing", "--output-dir", "again"]):
         reproduce.main([*arguments_of(config), *words])
     assert [model.is_activation_checkpointing for model in models] == [False, True]
@@ -278,27 +249,6 @@ def test_no_warning_of_a_library_reaches_the_user(method, world):
                 and "unclosed" not in str(x.message)]
 
 
-# ---- The hub and the device ----
-def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, capsys):
-    """Then the libraries are offline. What is local asks for no hub; any answer is one."""
-    hub = huggingface_hub.constants
-
-    def said(model="microsoft/deberta-v3-base", data_dir=str(ROOT)):
-        reproduce.check_hub(SimpleNamespace(model=model, data_dir=data_dir))
-        return capsys.readouterr().err
-
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    handler = http.server.BaseHTTPRequestHandler  # it writes all requests to stderr
-    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever).start()
-        monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert not said(None, None) and not said(str(ROOT))
-        assert said().count("HEAD / ") == 1 and not hub.HF_HUB_OFFLINE
-        server.shutdown()
-    assert f"{hub.ENDPOINT} does not answer" in said() and hub.HF_HUB_OFFLINE
-    assert not said()
-
-
 def test_autocast_is_bfloat16_only_on_a_gpu_that_has_it(monkeypatch):
     """Not where it would be emulated."""
     assert DEVICE == "cuda" or shared.best_dtype() == "float32"
@@ -311,25 +261,15 @@ def test_autocast_is_bfloat16_only_on_a_gpu_that_has_it(monkeypatch):
 
 # ---- What is refused ----
 BAD_ARGUMENTS = {
-    "task": (["--task", "wnli"], "invalid choice: 'wnli'"),
     "rank": (["--rank", "0"], "--rank takes integers >= 1"),
-    "no choice": (["--rank", "1"], "--rank 1: 2 to 11 leave a choice of where to put the ranks"),
-    "a rank of planted": (["--rank", "12"], "--rank 12: 2 to 11 leave a choice"),
     "epochs": (["--epochs", "0"], "epochs must be a number > 0, got 0"),
-    "seeds": (["--seeds", "0", "-1"], "--seeds integers >= 0"),
     "dtype": (["--dtype", "bfloat16"], "--dtype is not for planted: name another --task"),
-    "checkpointing": (["--gradient-checkpointing"], "--gradient-checkpointing is not for planted"),
-    "data": (["--task", "mrpc", "--data-dir", "nowhere"], "--data-dir: nowhere is not a folder"),
-    "model": (["--task", "mrpc", "--model", "./nowhere"], "nowhere is not a folder with a config"),
-    "hub": (["--task", "mrpc"], r"\(without the hub: --model folders/deberta-v3-base --data-dir "
-            r"folders/glue\)"),
     "two families": (["--task", "mrpc", "cifar"], "--task: glue and vtab need a command each"),
-    "reporter": (["--report-to", "wandb"], "--report-to wandb: pip install wandb"),
-    "targets": (["--targets", "dense", "bias"], "--targets bias: none of .*output.dense ends so"),
-    "set": (["--set", "b=1", "--set", "k=two"], "--set k=two: "),
+    "no file": (["--method", "svd", "--ranks", "no.json"], "No such file or directory: 'no.json'"),
+    "targets": (["--targets", "dense", "bias"], "--targets bias: none of deberta."),
     "phases": (["--set", "warmup=9999"], "total_steps must hold warm-up"),
     "output": (["--output-dir", "/dev/null/runs"], "cannot write in /dev/null: Not a directory"),
-    "examples": (["--set", "examples=9"], "examples=...: planted ranks have no end"),
+    "data": (["--task", "mrpc", "--data-dir", "nowhere"], "--data-dir: nowhere is not a folder"),
 }
 
 
@@ -337,75 +277,46 @@ BAD_ARGUMENTS = {
 def test_bad_arguments_end_in_one_line_and_exit_code_2(arguments, message, refusal):
     """What does not fit is named, and nothing is written."""
     last = refusal(*arguments)
-    assert last.startswith("reproduce.py: error: ") and re.search(message, last), last
+    assert last.startswith("reproduce.py: error: ") and message in last
 
 
-def bad(path, change):
-    """Changes the bytes of a file of the world."""
-    return lambda root: [p.write_bytes(change(p.read_bytes())) for p in root.glob(path)]
-
-
-def rewrite(path, change):
-    """Changes a parquet file of the world."""
-    return lambda root: [change(pandas.read_parquet(p)).to_parquet(p) for p in root.glob(path)]
+def bad_label(root):
+    for path in root.glob("glue/rte/train-*"):
+        pandas.read_parquet(path).replace({"label": {1: -1}}).to_parquet(path)
 
 
 HOSTILE = {  # the task, what is done to a copy of the world, the error
-    "no weights": ("rte", lambda root: (root / "deberta/pytorch_model.bin").unlink(),
-                   "no file named .*pytorch_model.bin.* in .*deberta"),
-    "cut weights": ("rte", bad("deberta/pytorch_model.bin", lambda x: x[:-500]),
-                    "--model: .*deberta cannot be loaded.*runs/traceback.txt"),
     "BART": ("rte", lambda root: shutil.copytree(
-        root / "bart", root / "deberta", dirs_exist_ok=True),
-             "--model: .*has no matrices named query, key.*this task adapts"),
-    "label": ("rte", rewrite("glue/rte/train-*", lambda rows: rows.replace({"label": {1: -1}})),
-              "train: the label is -1, not"),
-    "other sizes": ("rte", bad("deberta/config.json", lambda x: x.replace(b": 32", b": 16")),
-                    "intermediate.dense.bias has another shape than config.json says"),
-    "a test article": ("xsum", rewrite("xsum/data/test*", lambda x: x.drop(1).reindex(range(7))),
-                       "data, test: the document is missing .row 2 of 7."),
-    "no column": ("xsum", rewrite("xsum/data/train-*", lambda rows: rows.drop(columns="summary")),
-                  "xsum has no data set that can be read|no column 'summary', only document"),
-    "a broken file": ("xsum", bad("xsum/data/train*", lambda x: b"PAR1"),
-                      "--data-dir: .*xsum has no data set that can be read"),
+        root / "bart", root / "deberta", dirs_exist_ok=True), "no matrices named query, key"),
+    "label": ("rte", bad_label, "train: the label is -1, not"),
     "no task": ("cifar", lambda root: (root / "vtab/vtab-1k/cifar").rename(root / "vtab/vtab-1k/x"),
-                r"no folder vtab-1k/cifar; there are \['x'\]"),
-    "a bad line": ("cifar", bad("vtab/*/cifar/val200.txt", lambda x: x.replace(b" 1", b" one", 1)),
-                   "val200.txt, line 2: .*001.jpg one' is not a path and a label >= 0"),
-    "an empty list": ("cifar", bad("vtab/*/cifar/val200.txt", lambda x: b""),
-                      "val200.txt: no images"),
-    "a broken test image": ("cifar", bad("vtab/*/cifar/images/test/007.jpg", lambda x: x[:300]),
-                            "images/test/007.jpg is not an image that can be read"),
-    "a model of text": ("cifar", lambda root: shutil.copy(
-        root / "bart/config.json", root / "vit/config.json"), "vit"),
-}  # fmt: skip
+                "no folder vtab-1k/cifar"),
+}
 
 
 @pytest.mark.parametrize("task, change, message", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_files_end_in_one_line(task, change, message, world, tmp_path, refusal):
-    """Whatever is wrong with data or model is named before training, and nothing is written."""
+    """What is wrong with data or model is named before training, and nothing is written."""
     root = shutil.copytree(world, tmp_path / "given")
     change(root)
     last = refusal(*arguments_of(config_of(root, task)))
-    assert re.match("reproduce.py: error: .*" + message, last), last
+    assert last.startswith("reproduce.py: error: ") and message in last
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"arguments": {}}'])
-def test_results_that_are_broken_or_anothers_are_named(content, tmp_path, refusal):
-    """A results.json that is not this run's is neither taken for it nor overwritten."""
-    path = tmp_path / "runs/planted-elalora-r4-s0/results.json"
+def test_results_of_another_run_are_named(refusal):
+    """They are neither taken for this run's nor overwritten."""
+    path = Path("runs/planted-elalora-r4-s0/results.json")
     path.parent.mkdir(parents=True)
-    path.write_text(content)
-    message = f"error: {path.relative_to(tmp_path)}: .*; delete it or take another --output-dir"
-    assert re.search(message, refusal()) and path.read_text() == content
+    path.write_text('{"arguments": {}}')
+    assert f"error: {path} is of a run that has task None, not planted: delete it" in refusal()
+    assert path.read_text() == '{"arguments": {}}'
 
 
-def test_the_traceback_of_a_librarys_error_is_kept(monkeypatch, refusal):
-    """In a file that the one line names. An error of this project says all itself."""
-    assert "traceback" not in refusal("--targets", "bias")
+def test_an_error_of_a_library_keeps_its_traceback(monkeypatch):
+    """Its one line says too little."""
     monkeypatch.setattr(reproduce, "check_files", lambda *_: json.loads("x"))
-    assert refusal().endswith("(all of it: runs/traceback.txt)")
-    assert "json/decoder.py" in Path("runs/traceback.txt").read_text()
+    with pytest.raises(ValueError, match="Expecting value"):
+        reproduce.main([])
 
 
 # ---- Several processes ----
@@ -422,7 +333,7 @@ def test_two_processes_make_the_run_that_one_makes(world, tmp_path, refusal):
     assert result.stdout.count("rte, elalora, rank 3, seed 0: 12 steps") == 1
     assert result.stderr.count(" 0/12 ") == 1  # one progress bar
     two = results_of(reproduce.folder_of(asked, "runs"))
-    assert "it has processes 2, not 1" in refusal(*arguments_of(asked))
+    assert "a run that has processes 2, not 1" in refusal(*arguments_of(asked))
     reproduce.main([*arguments_of(asked), "--output-dir", "alone"])
     one = results_of(reproduce.folder_of(asked, "alone"))
     assert two["arguments"] == one["arguments"] | dict(processes=2)
@@ -435,5 +346,5 @@ def test_two_processes_make_the_run_that_one_makes(world, tmp_path, refusal):
 def test_batches_that_processes_cannot_share_are_refused(monkeypatch):
     """Shares of unlike size would weigh unlike: a ValueError before any work."""
     monkeypatch.setattr(shared, "PROCESSES", 3)
-    with pytest.raises(ValueError, match="3 processes cannot share batches of 32"):
+    with pytest.raises(ValueError, match="3 processes cannot share every batch"):
         reproduce.run_all(*reproduce.parse([]))

@@ -7,8 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from experiments import report
 from experiments.methods import Method
 from experiments.problem import DEVICE, Problem, check_alike, mean_of_processes, seed_of, trained
 from experiments.tables import FAMILY_OF, Config, Recipe
+
+COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "ranks_moved")  # of log.csv
 
 
 def make_problem(config: Config, recipe: Recipe) -> Problem:
@@ -56,22 +57,30 @@ def train_step(problem: Problem, batch: object, method: Method
     return loss.detach(), norm, adjustment
 
 
-def train(problem: Problem, method: Method, config: Config, checkpoint: Path,
-          report_to: str | None = None) -> dict:
-    """Trains all epochs that the checkpoint does not have; returns the log."""
+def train(problem: Problem, method: Method, config: Config, checkpoint: Path) -> dict:
+    """Trains all epochs that the checkpoint does not have; returns the log.
+
+    log.csv beside the checkpoint gets a row after every step. What a run that goes on had logged
+    after its checkpoint is written anew.
+    """
     log = dict(seconds=0.0, history=[], adjustments=[], scores={}, steps=[])
     if checkpoint.exists():
         log = restore(checkpoint, config, problem.model, method)
     started = time.time() - log["seconds"]
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    rows = checkpoint.with_name("log.csv") if shared.PROCESS == 0 else os.devnull
     with (tqdm.tqdm(desc=f"{config.task} {config.method} {config.seed}", initial=method.t,
                     total=method.schedule.total_steps, mininterval=1,
                     disable=shared.PROCESS > 0) as bar,
-          step_log(checkpoint.parent, config, log["steps"], report_to) as log_step):
+          open(rows, "w", buffering=1) as file):  # of lines, which survive a kill
+        write_row = csv.writer(file, lineterminator="\n").writerow
+        for row in (COLUMNS, *log["steps"]):
+            write_row(row)
         for epoch in range(len(log["history"]) + 1, method.recipe.epochs + 1):
             if log["history"]:  # only now: the checkpoint is safe if the evaluation is killed
                 evaluate(problem, method, log)
             torch.manual_seed(seed_of(config, epoch) * shared.PROCESSES + shared.PROCESS)  # dropout
-            train_loss = train_epoch(problem, method, epoch, log, log_step, bar)
+            train_loss = train_epoch(problem, method, epoch, log, write_row, bar)
             check_alike(problem.model)
             log["history"].append(dict(epoch=epoch, train_loss=train_loss))
             log["seconds"] = time.time() - started
@@ -82,18 +91,17 @@ def train(problem: Problem, method: Method, config: Config, checkpoint: Path,
 
 
 def train_epoch(problem: Problem, method: Method, epoch: int, log: dict,
-                log_step: Callable[[list], None], bar: tqdm.tqdm) -> float:
+                write_row: Callable[[list], object], bar: tqdm.tqdm) -> float:
     """Trains on all batches of an epoch, adds to the log; returns the mean of the losses."""
     problem.model.train()
     losses, schedule = [], method.schedule
-    moved = sum(row[-1] for row in log["steps"])  # ranks, so far
     for batch in problem.batches(epoch):
         rate = method.optimizer.param_groups[0]["lr"]
         loss, norm, adjustment = train_step(problem, batch, method)
         losses.append(loss.item())
-        now = sum(map(len, adjustment.pruned.values())) if adjustment else 0
-        moved += now
-        log_step([method.t, *rounded((losses[-1], rate, norm.item()), 6), now])
+        moved = sum(map(len, adjustment.pruned.values())) if adjustment else 0
+        log["steps"].append([method.t, *rounded((losses[-1], rate, norm.item()), 6), moved])
+        write_row(log["steps"][-1])
         if not math.isfinite(losses[-1]):
             raise ValueError(f"loss {losses[-1]} at step {method.t}: try float32 or another seed")
         if adjustment:
@@ -103,8 +111,7 @@ def train_epoch(problem: Problem, method: Method, epoch: int, log: dict,
         if method.t in (schedule.warmup_steps, schedule.search_end):
             scores = itertools.chain(*(S.tolist() for S in method.importance().values()))
             log["scores"][method.t] = rounded(scores, 3)
-        after = (method.t > schedule.warmup_steps) + (method.t > schedule.search_end)
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", phase=PHASES[after], moved=moved, refresh=False)
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
         bar.update()
     return float(mean_of_processes(torch.tensor(statistics.fmean(losses), device=DEVICE)))
 
@@ -116,57 +123,13 @@ def evaluate(problem: Problem, method: Method, log: dict) -> None:
     epoch["metrics"] = problem.evaluate(epoch["epoch"] == method.recipe.epochs)
 
 
-# ---- What is logged of every step ----
-PHASES = ("warm-up", "search", "stabilization")
-COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "ranks_moved")
-
-
-@contextmanager
-def reporter(name: str | None, folder: Path, config: Config, steps: int
-             ) -> Iterator[Callable[[dict], object]]:
-    """Yields what sends a step's values to the library of that name, after so many steps."""
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        with SummaryWriter(folder, purge_step=steps + 1) as writer:
-            yield lambda row: [writer.add_scalar(x, row[x], row["step"]) for x in COLUMNS[1:]]
-    elif name == "wandb":
-        import wandb
-        with wandb.init(project="elalora", id=folder.name, dir=folder, config=asdict(config),
-                        resume="allow") as run:
-            yield lambda row: run.log(row, step=row["step"])
-    else:
-        yield lambda row: None
-
-
-@contextmanager
-def step_log(folder: Path, config: Config, rows: list[list], report_to: str | None
-             ) -> Iterator[Callable[[list], None]]:
-    """Yields what adds a step's row to rows, to log.csv at once, and to the reporter.
-
-    log.csv is written anew from rows, those of the checkpoint, so that a run that goes on has every
-    step once.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, report_to = (folder / "log.csv", report_to) if shared.PROCESS == 0 else (os.devnull, None)
-    with (open(path, "w", buffering=1) as file,  # of lines, which survive a kill
-          reporter(report_to, folder, config, len(rows)) as report_step):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([COLUMNS, *rows])
-
-        def add(row: list) -> None:
-            rows.append(row)
-            writer.writerow(row)
-            report_step(dict(zip(COLUMNS, row)))
-
-        yield add
-
-
 # ---- Checkpoints ----
-def check_same(had: dict, wanted: Config | Recipe) -> None:
-    """Raises ValueError if an existing run has other arguments, or another recipe."""
+def check_same(path: Path, had: dict, wanted: Config | Recipe) -> None:
+    """Raises ValueError if the run in a file has other arguments, or another recipe."""
     for name, value in asdict(wanted).items():
         if had.get(name) != value:
-            raise ValueError(f"it has {name} {had.get(name)}, not {value}")
+            raise ValueError(f"{path} is of a run that has {name} {had.get(name)}, not {value}: "
+                             "delete it or take another --output-dir")
 
 
 def save(path: Path, config: Config, model: nn.Module, method: Method, log: dict) -> None:
@@ -180,18 +143,12 @@ def save(path: Path, config: Config, model: nn.Module, method: Method, log: dict
 
 
 def restore(path: Path, config: Config, model: nn.Module, method: Method) -> dict:
-    """Loads a checkpoint, returns its log. ValueError if it is broken or not of this run."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        check_same(saved["arguments"], config)
-        check_same(saved["recipe"], method.recipe)  # with less data it has other phases
-        if wrong := saved["trained"].keys() ^ trained(model).keys():
-            raise ValueError(f"missing or unknown: {min(wrong)}")
-        model.load_state_dict(saved["trained"], strict=False)  # before the optimizer: ranks
-        method.optimizer.load_state_dict(saved["optimizer"])
-        method.scheduler.load_state_dict(saved["scheduler"])
-        method.load_state_dict(saved["method"])
-        return saved["log"]
-    except Exception as error:  # a broken file makes torch.load raise all kinds
-        raise ValueError(f"{path} is not a checkpoint of this run, delete it to start again "
-                         f"({type(error).__name__}: {' '.join(str(error).split())})") from None
+    """Loads a checkpoint, returns its log. ValueError if it is of another run."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    check_same(path, saved["arguments"], config)
+    check_same(path, saved["recipe"], method.recipe)  # with less data it has other phases
+    model.load_state_dict(saved["trained"], strict=False)  # before the optimizer: ranks
+    method.optimizer.load_state_dict(saved["optimizer"])
+    method.scheduler.load_state_dict(saved["scheduler"])
+    method.load_state_dict(saved["method"])
+    return saved["log"]
