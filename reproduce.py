@@ -10,8 +10,8 @@
 
 A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's
 answer to every example, and its loss), log.csv (every step) and loss.png, ranks.png, peft/ (for
-PeftModel), for elalora and svd also scores.png and adapter.safetensors; and checkpoint.pt after
-every epoch, for --resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with the
+PeftModel), scores.png (LoRA has none), for elalora and svd adapter.safetensors; and checkpoint.pt
+after every epoch, for --resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with the
 paper's. Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning rate
 rises for 10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there is no
 weight decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
@@ -62,6 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"),
         help="of autocast; default: bfloat16 on a GPU that has it, else float32")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    add("--report-to", choices=("tensorboard", "wandb"),
+        help="beside log.csv; needs the package of that name. TensorBoard reads OUTPUT_DIR")
     add("--output-dir", type=Path, default=Path("runs"), help="default: runs")
     add("--resume", action="store_true", help="go on where unfinished runs had a checkpoint")
     add("--dry-run", action="store_true",
@@ -115,12 +117,14 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[tuple
 if __name__ == "__main__":
     parse()  # here, so that a mistyped argument is refused before the slow imports
 
+import importlib.util
 import os
 import time
 import traceback
 import warnings
 from dataclasses import asdict, replace
 
+import huggingface_hub
 import torch
 import transformers
 from torch import distributed
@@ -133,7 +137,6 @@ from experiments.methods import NOISE, Method
 from experiments.problem import DEVICE, Problem, best_dtype, commit, versions
 from experiments.tables import fit_phases
 from experiments.training import check_same, make_problem, rounded, train, train_step
-
 
 ROOT = Path(__file__).parent
 
@@ -164,7 +167,7 @@ def run(config: Config, recipe: Recipe, args: argparse.Namespace) -> dict:
     code = commit()  # now: it may change while the run trains
     folder = folder_of(config, args.output_dir)
     problem, method = make(config, recipe, args)
-    log = train(problem, method, config, folder / "checkpoint.pt")
+    log = train(problem, method, config, folder / "checkpoint.pt", args.report_to)
     metrics = log["history"][-1]["metrics"]
     results = dict(
         arguments=asdict(config), recipe=asdict(method.recipe), metrics=metrics,
@@ -190,7 +193,7 @@ def write_folder(folder: Path, problem: Problem, results: dict) -> None:
             for name, found in ranks.items() if found}
     figures.heatmaps(maps, folder / "ranks.png")
     scores = {f"after step {step}": report.log_scores(S)
-              for step, S in results["scores"].items() if S}  # PEFT's methods have none
+              for step, S in results["scores"].items() if S}  # LoRA has none
     if scores:
         figures.distributions(scores, folder / "scores.png")
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in results.items()]
@@ -212,6 +215,21 @@ def earlier(config: Config, args: argparse.Namespace) -> dict | None:
     if args.ranks and results["ranks"] != args.ranks:
         raise ValueError(f"{config.ranks} had other ranks when the run of {path} was made")
     return results
+
+
+def check_hub(args: argparse.Namespace) -> None:
+    """If the hub is needed and does not answer, goes offline: no library then waits for it."""
+    hub = huggingface_hub.constants
+    local = not args.model or args.data_dir and Path(args.model).exists()
+    if local or hub.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.get_session().head(hub.ENDPOINT, timeout=3)
+    except Exception as error:  # of whatever client the hub's library uses
+        print(f"reproduce.py: {hub.ENDPOINT} does not answer ({type(error).__name__}). Without it: "
+              f"what was downloaded before, or --model folders/{Path(args.model).name} "
+              f"--data-dir folders/{args.family}", file=sys.stderr)
+        hub.HF_HUB_OFFLINE = True
 
 
 def dry_run(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None:
@@ -242,6 +260,9 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None
     report.check_page(args.output_dir, args.family)
     if any(recipe.batch_size % shared.PROCESSES for _, recipe in runs):
         raise ValueError(f"{shared.PROCESSES} processes cannot share every batch equally")
+    if args.report_to and not importlib.util.find_spec(args.report_to):
+        raise ValueError(f"--report-to {args.report_to}: pip install {args.report_to}")
+    check_hub(args)
     known = [earlier(config, args) for config, _ in runs]
     if args.dry_run:
         return dry_run(args, [run for run, results in zip(runs, known) if not results])
@@ -253,7 +274,7 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None
             report.compare(args.output_dir, args.family)
     if shared.PROCESS == 0:
         table = report.compare(args.output_dir, args.family)
-        if len(runs) > 1:
+        if FAMILIES[args.family].results or len(runs) > 1:
             print(f"{table}\n\nwritten: {args.output_dir / args.family}.md")
 
 
@@ -275,6 +296,10 @@ def main(argv: list[str] | None = None) -> None:
         run_all(args, runs)
         if shared.PROCESSES > 1:
             distributed.destroy_process_group()
+    except KeyboardInterrupt:
+        print("reproduce.py: interrupted; --resume goes on after the last whole epoch, if any",
+              file=sys.stderr)
+        sys.exit(130)
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
         if error.__cause__ or raised_in not in (ROOT, ROOT / "experiments"):

@@ -205,7 +205,7 @@ def weights_of(problem):
     return {name: w.detach().clone() for name, w in trained(problem.model).items()}
 
 
-def end_of(config, checkpoint, stop=None):
+def end_of(config, checkpoint, stop=None, report_to=None):
     """Problem, method and log of a run that was interrupted in the second step of an epoch, and
     then made and trained again."""
     problem, method = make(config)
@@ -220,10 +220,10 @@ def end_of(config, checkpoint, stop=None):
     if stop:
         problem.batches = interrupted
         with pytest.raises(KeyboardInterrupt):
-            train(problem, method, config, checkpoint)
+            train(problem, method, config, checkpoint, report_to)
         assert len(torch.load(checkpoint)["log"]["history"]) == stop - 1
         problem, method = make(config)
-    return problem, method, train(problem, method, config, checkpoint)
+    return problem, method, train(problem, method, config, checkpoint, report_to)
 
 
 # ---- The command ----

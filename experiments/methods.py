@@ -153,6 +153,7 @@ class AdaLoRA(LoRA):
         super().adapt(ranks)
         self.peft_config = self.adapted.peft_config["default"]
         self.allocator = self.adapted.base_model.rankallocator
+        self.allocator.reset_ipt = lambda: None  # the last scores are kept, as ElaLoRA's are
 
     def settings(self, **names: list[str]) -> peft.AdaLoraConfig:
         rank, recipe, schedule = self.config.rank, self.recipe, self.schedule
@@ -175,11 +176,23 @@ class AdaLoRA(LoRA):
         norms = [(X @ X.T - torch.eye(len(X), device=DEVICE)).norm() for X in factors]
         return self.recipe.gamma * (sum(norms) / len(norms))
 
-    def ranks(self) -> dict[str, int]:
-        """Those that have not been pruned so far."""
-        pattern = self.peft_config.rank_pattern or {}  # parameter -> which ranks are kept
-        return {name: sum(pattern.get(f"{name}.lora_E.default", [True] * layer.r["default"]))
+    def kept(self) -> dict[str, list[bool]]:
+        """Which ranks have not been pruned so far."""
+        pattern = self.peft_config.rank_pattern or {}
+        return {name: pattern.get(f"{name}.lora_E.default", [True] * layer.r["default"])
                 for name, layer in self.layers.items()}
+
+    def ranks(self) -> dict[str, int]:
+        return {name: sum(kept) for name, kept in self.kept().items()}
+
+    def importance(self) -> dict[str, Tensor]:
+        """The scores of the ranks that it kept, by eq. 2 and 3, as ElaLoRA's."""
+        score, scores = self.allocator._element_score, {}
+        for name, kept in self.kept().items():
+            S = (score(f"{name}.lora_E.default")[:, 0] + score(f"{name}.lora_A.default").mean(dim=1)
+                 + score(f"{name}.lora_B.default").mean(dim=0))  # (first rank,)
+            scores[name] = S[torch.tensor(kept, device=DEVICE)]
+        return scores
 
     def state_dict(self) -> dict:
         averages = {name: getattr(self.allocator, name) for name in self.averages}

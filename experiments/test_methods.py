@@ -208,3 +208,16 @@ def test_adalora_starts_at_a_multiple_of_the_rank(tokens):
     for _, batch in zip(range(20), problem.batches(1)):
         train_step(problem, batch, method)
     assert sum(w.count_nonzero() for w in E) == 12 * 2 == sum(method.ranks().values())
+
+
+def test_adaloras_scores_are_equation_2s_of_the_ranks_it_kept(whole):
+    """Averages times uncertainties, summed over a rank's weights as in eq. 2."""
+    _, method, log, _ = whole("planted", "adalora")
+    expected, tuner = [], method.allocator
+    for name, kept in method.kept().items():
+        names = {factor: f"{name}.lora_{factor}.default" for factor in "AEB"}
+        s = {f: array(tuner.exp_avg_ipt[n]) * array(tuner.exp_avg_unc[n]) for f, n in names.items()}
+        S = s["A"].mean(axis=1) + s["E"][:, 0] + s["B"].mean(axis=0)
+        expected += [score for score, keep in zip(S, kept) if keep]
+    *_, end = log["scores"].values()
+    np.testing.assert_allclose(end, expected, rtol=6e-3)  # the log has three digits

@@ -4,15 +4,18 @@ Oracles are independent: the model that was written, a run of one process.
 """
 
 import ast
+import http.server
 import itertools
 import json
 import re
 import shutil
 import subprocess
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pandas
 import pytest
 import torch
@@ -247,6 +250,26 @@ def test_no_warning_of_a_library_reaches_the_user(method, world):
         reproduce.main(arguments_of(config_of(world, "rte", method, epochs=2)))
     assert not [x for x in caught if not x.filename.startswith(str(ROOT))
                 and "unclosed" not in str(x.message)]
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, capsys):
+    """Then the libraries are offline. What is local asks for no hub; any answer is one."""
+    hub = huggingface_hub.constants
+
+    def said(model="microsoft/deberta-v3-base", data_dir=str(ROOT)):
+        reproduce.check_hub(SimpleNamespace(model=model, data_dir=data_dir, family="glue"))
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    handler = http.server.BaseHTTPRequestHandler  # it writes all requests to stderr
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert not said(None, None) and not said(str(ROOT))
+        assert said().count("HEAD / ") == 1 and not hub.HF_HUB_OFFLINE
+        server.shutdown()
+    assert f"{hub.ENDPOINT} does not answer" in said() and hub.HF_HUB_OFFLINE
+    assert not said()
 
 
 def test_autocast_is_bfloat16_only_on_a_gpu_that_has_it(monkeypatch):

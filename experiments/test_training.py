@@ -15,7 +15,7 @@ from torch import distributed
 import reproduce
 from experiments import problem as shared
 from experiments import training
-from experiments.conftest import arguments_of, array, config_of, make
+from experiments.conftest import arguments_of, array, config_of, end_of, make
 from experiments.problem import trained
 from experiments.training import train
 
@@ -59,6 +59,22 @@ def test_every_step_is_logged_as_it_goes(world, tmp_path):
     gradients = [array(w.grad).ravel() for w in trained(problem.model).values()]
     norm = np.linalg.norm(np.concatenate(gradients))
     assert norm > 1 and rows["gradient_norm"][0] == pytest.approx(norm, rel=1e-4)
+
+
+def test_tensorboard_has_the_rows_of_the_log_once(world, tmp_path):
+    """By its own reader, of a run that was interrupted and went on."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = tmp_path / "checkpoint.pt"
+    end_of(config_of(world, "planted"), path, stop=3, report_to="tensorboard")
+    rows = pandas.read_csv(tmp_path / "log.csv").set_index("step")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert {*events.Tags()["scalars"]} == {*rows}
+    for name in rows:
+        found = {x.step: x.value for x in events.Scalars(name)}
+        assert len(found) == len(events.Scalars(name))
+        assert found == pytest.approx(rows[name].to_dict(), rel=1e-5)
 
 
 # ---- Killed, or of another run ----

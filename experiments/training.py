@@ -7,7 +7,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from experiments.problem import DEVICE, Problem, check_alike, mean_of_processes,
 from experiments.tables import FAMILY_OF, Config, Recipe
 
 COLUMNS = ("step", "loss", "learning_rate", "gradient_norm", "ranks_moved")  # of log.csv
+PHASES = ("warm-up", "search", "stabilization")
 
 
 def make_problem(config: Config, recipe: Recipe) -> Problem:
@@ -57,7 +59,26 @@ def train_step(problem: Problem, batch: object, method: Method
     return loss.detach(), norm, adjustment
 
 
-def train(problem: Problem, method: Method, config: Config, checkpoint: Path) -> dict:
+@contextmanager
+def reporter(name: str | None, folder: Path, config: Config, steps: int
+             ) -> Iterator[Callable[[list], object]]:
+    """Yields what sends a row of the log to the library of that name, after so many steps."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        with SummaryWriter(folder, purge_step=steps + 1) as writer:
+            yield lambda row: [writer.add_scalar(name, x, row[0])
+                               for name, x in zip(COLUMNS[1:], row[1:])]
+    elif name == "wandb":
+        import wandb
+        with wandb.init(project="elalora", id=folder.name, dir=folder, config=asdict(config),
+                        resume="allow") as run:
+            yield lambda row: run.log(dict(zip(COLUMNS, row)), step=row[0])
+    else:
+        yield lambda row: None
+
+
+def train(problem: Problem, method: Method, config: Config, checkpoint: Path,
+          report_to: str | None = None) -> dict:
     """Trains all epochs that the checkpoint does not have; returns the log.
 
     log.csv beside the checkpoint gets a row after every step. What a run that goes on had logged
@@ -68,14 +89,21 @@ def train(problem: Problem, method: Method, config: Config, checkpoint: Path) ->
         log = restore(checkpoint, config, problem.model, method)
     started = time.time() - log["seconds"]
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    rows = checkpoint.with_name("log.csv") if shared.PROCESS == 0 else os.devnull
+    rows = checkpoint.with_name("log.csv")
+    if shared.PROCESS > 0:
+        rows, report_to = os.devnull, None
     with (tqdm.tqdm(desc=f"{config.task} {config.method} {config.seed}", initial=method.t,
                     total=method.schedule.total_steps, mininterval=1,
                     disable=shared.PROCESS > 0) as bar,
+          reporter(report_to, checkpoint.parent, config, len(log["steps"])) as report_row,
           open(rows, "w", buffering=1) as file):  # of lines, which survive a kill
-        write_row = csv.writer(file, lineterminator="\n").writerow
-        for row in (COLUMNS, *log["steps"]):
-            write_row(row)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([COLUMNS, *log["steps"]])
+
+        def write_row(row: list) -> None:
+            writer.writerow(row)
+            report_row(row)
+
         for epoch in range(len(log["history"]) + 1, method.recipe.epochs + 1):
             if log["history"]:  # only now: the checkpoint is safe if the evaluation is killed
                 evaluate(problem, method, log)
@@ -91,15 +119,17 @@ def train(problem: Problem, method: Method, config: Config, checkpoint: Path) ->
 
 
 def train_epoch(problem: Problem, method: Method, epoch: int, log: dict,
-                write_row: Callable[[list], object], bar: tqdm.tqdm) -> float:
+                write_row: Callable[[list], None], bar: tqdm.tqdm) -> float:
     """Trains on all batches of an epoch, adds to the log; returns the mean of the losses."""
     problem.model.train()
     losses, schedule = [], method.schedule
+    total = sum(row[-1] for row in log["steps"])  # of ranks moved so far
     for batch in problem.batches(epoch):
         rate = method.optimizer.param_groups[0]["lr"]
         loss, norm, adjustment = train_step(problem, batch, method)
         losses.append(loss.item())
         moved = sum(map(len, adjustment.pruned.values())) if adjustment else 0
+        total += moved
         log["steps"].append([method.t, *rounded((losses[-1], rate, norm.item()), 6), moved])
         write_row(log["steps"][-1])
         if not math.isfinite(losses[-1]):
@@ -111,7 +141,8 @@ def train_epoch(problem: Problem, method: Method, epoch: int, log: dict,
         if method.t in (schedule.warmup_steps, schedule.search_end):
             scores = itertools.chain(*(S.tolist() for S in method.importance().values()))
             log["scores"][method.t] = rounded(scores, 3)
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        phase = PHASES[(method.t > schedule.warmup_steps) + (method.t > schedule.search_end)]
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", phase=phase, moved=total, refresh=False)
         bar.update()
     return float(mean_of_processes(torch.tensor(statistics.fmean(losses), device=DEVICE)))
 
