@@ -42,9 +42,9 @@ def pretrained(auto: type, model: str, **arguments):
         arguments["attn_implementation"] = "eager"
     try:
         return auto.from_pretrained(model, **arguments)
-    except OSError:  # it names what was not found
-        raise
     except Exception as error:  # broken files raise all kinds
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # transformers names what it did not find
         raise ValueError(f"--model: {model} cannot be loaded, {type(error).__name__}: "
                          f"{str(error).strip()}") from error
 
@@ -66,7 +66,7 @@ def with_new_head(auto: type, model: str, labels: int) -> nn.Module:
         raise ValueError(f"--model: {model}: {min(wrong)} has another shape than config.json says")
     if head - {*loading["missing_keys"]}:
         print(f"{model} has a classifier of another task: a new one takes its place")
-        found.classifier = auto.from_config(config).classifier
+        found.classifier = auto.from_config(config, dtype=torch.float32).classifier
     return found
 
 
@@ -97,7 +97,7 @@ def load_folder(data_dir: str, task: str | None):
     """All splits of a task, as datasets reads them. ValueError if the folder cannot be read."""
     import datasets
     files = [(str(path), path.stat().st_mtime_ns) for path in Path(data_dir).resolve().rglob("*")]
-    if any(".tsv" in path for path, _ in files):  # read with quotes, which most of them do not mean
+    if any(".tsv" in path for path, _ in files):  # which may mean its quotes as CSV does, or not
         raise ValueError(f"--data-dir: {data_dir} has a TSV: give CSV, JSON or Parquet")
     known = datasets.fingerprint.Hasher.hash(sorted(files))
     cache = Path(datasets.config.HF_DATASETS_CACHE, known)  # datasets' own knows no files

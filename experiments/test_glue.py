@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from experiments import glue
-from experiments.conftest import ROWS, config_of, make_problem, train_sentencepiece, write_glue
+from experiments.conftest import ROWS, config_of, make_problem, train_sentencepiece, write_data
 from experiments.problem import DEVICE
 from experiments.tables import Config, recipe_of
 
@@ -57,7 +57,7 @@ def test_examples_are_pairs_of_mapped_texts_of_256_tokens_at_most(deberta_tokeni
     tokenizer, pieces = deberta_tokenizer
     pairs = [("½ cup…", "a\u00a0b"), ("x", "½ " * 300)]
     rows = [dict(sentence1=a, sentence2=b, label=i) for i, (a, b) in enumerate(pairs)]
-    write_glue(tmp_path, rte=dict(train=rows, validation=rows[:1]))
+    write_data(tmp_path, rte=dict(train=rows, validation=rows[:1]))
     _, (train, dev) = glue.load_examples("rte", str(tmp_path), tokenizer.name_or_path)
     assert [row["labels"] for row in train] == [0, 1] and dev == train[:1]
     for row, (a, b) in zip(train, pairs):
