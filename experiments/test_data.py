@@ -72,33 +72,24 @@ def test_a_hub_data_set_with_a_loading_script_is_read_from_its_conversion(monkey
     rows = {"train": datasets.Dataset.from_dict({"a": ["x"]})}
 
     def load_dataset(source, task, revision=None):
-        if revision is None:
+        if revision != "refs/convert/parquet":
             raise RuntimeError("Dataset scripts are no longer supported")
-        return {("hub/name", "refs/convert/parquet"): rows}[source, revision]
+        return rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert data.load_splits(None, "hub/name", None, ["a"], ["train"]) == [rows["train"]]
 
 
-FILES = {  # a file, and its texts or what the error says
-    "CSV": ("a.csv", 'text\n"a, ""b"""', ['a, "b"']),
-    "NA in JSON": ("a.jsonl", '{"text": "NA"}\n{"text": ""}', ["NA", ""]),
-    "NA in a CSV": ("a.csv", "text,label\na,0\nNA,1", "the text is missing (row 2 of 2)"),
-    "null in JSON": ("a.jsonl", '{"text": "a"}\n{"text": null}', "is missing (row 2 of 2)"),
-    "lists": ("a.jsonl", '{"text": ["a"]}', "the text is of type list"),
-    "TSV": ("a.tsv", 'text\tlabel\n"a\t0', "has a TSV: give CSV, JSON or Parquet"),
-}
-
-
-@pytest.mark.parametrize("name, content, expected", FILES.values(), ids=FILES)
-def test_texts_are_read_as_they_stand_or_refused(name, content, expected, tmp_path):
-    """What a CSV has for missing is refused, too. An empty string is a text."""
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", "text,label\na,0\nNA,1", "the text is missing (row 2 of 2)"),
+    ("a.jsonl", '{"text": ""}\n{"text": null}', "the text is missing (row 2 of 2)"),
+    ("a.jsonl", '{"text": ["a"]}', "the text is of type list"),
+    ("a.tsv", 'text\tlabel\n"a\t0', "has a TSV: give CSV, JSON or Parquet")])
+def test_what_is_no_text_is_refused(name, content, message, tmp_path):
+    """As is what may be read in two ways. An empty string is a text."""
     (tmp_path / name).write_text(content + "\n")
-    if isinstance(expected, list):
-        assert load(tmp_path, "text") == expected
-    else:
-        with pytest.raises(ValueError, match=f"{tmp_path}.*{re.escape(expected)}"):
-            load(tmp_path, "text")
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{re.escape(message)}"):
+        load(tmp_path, "text")
 
 
 @pytest.mark.parametrize("count, wrong, meant", [
@@ -114,37 +105,28 @@ def test_labels_are_cast_to_what_the_loss_needs(count, wrong, meant):
 
 
 # ---- Pre-trained models ----
-SHORT = TINY | dict(max_position_embeddings=20, position_biased_input=False)
+SHORT = TINY | dict(max_position_embeddings=20)
 
 
-@pytest.mark.parametrize("name, positions", [
-    ("Bert", 20), ("Roberta", 18), ("Bart", 20), ("DebertaV2", 30)])
-def test_texts_are_cut_where_a_model_fails(name, positions, capsys):
-    """By its forward pass, which takes that many tokens and no more. A cut is printed."""
-    config = getattr(transformers, f"{name}Config")(**SHORT)
-    model = getattr(transformers, f"{name}Model")(config)
-    assert data.most_tokens(model, 30) == positions
-    assert (f"cut at {positions} tokens" in capsys.readouterr().out) == (positions < 30)
-    model(input_ids=torch.full((1, positions), 3))
-    if positions < 30:
-        with pytest.raises((IndexError, RuntimeError)):
-            model(input_ids=torch.full((1, positions + 1), 3))
-
-
-@pytest.mark.parametrize("task, most", [("rte", 18), ("xsum", 256)])
-def test_longer_texts_are_trained_on_and_evaluated(task, most, world, tmp_path, monkeypatch):
-    """Cut to the model's positions: articles and summaries, given and generated, too. So is a text
-    without characters, which has special tokens alone."""
+@pytest.mark.parametrize("task, name, most", [
+    ("rte", "BertModel", 20), ("rte", "RobertaModel", 18),
+    ("xsum", "BartForConditionalGeneration", 20)])
+def test_longer_texts_are_cut_to_the_models_positions(
+    task, name, most, world, tmp_path, monkeypatch, capsys
+):
+    """Which is printed. They are trained on and evaluated: articles and summaries, given and
+    generated, too. So is a text without characters, which has special tokens alone."""
     monkeypatch.setattr(xsum, "SUMMARY_TOKENS", 300)
-    model = shutil.copytree(world / "bart", tmp_path / "model")
-    if task == "rte":
-        transformers.RobertaModel(transformers.RobertaConfig(**SHORT)).save_pretrained(model)
+    model = shutil.copytree(world / "bart", tmp_path / "model")  # for its tokenizer
+    kind = getattr(transformers, name)
+    kind(kind.config_class(**SHORT)).save_pretrained(model)
     texts = ["", "red cat " * 9, *["red cat " * 400] * 6]
     names = ("sentence1", "sentence2", "document", "summary")
     rows = [dict.fromkeys(names, text) | dict(label=len(text) % 2) for text in texts]
     write_data(tmp_path / "data", rte=dict.fromkeys(("train", "validation", "test"), rows))
     config = config_of(world, task, model=str(model), data_dir=str(tmp_path / "data"))
     problem = make_problem(config, recipe_of(config))
+    assert f"texts are cut at {most} tokens" in capsys.readouterr().out
     (batch,) = problem.batches(1)
     for key in ("input_ids", "input_ids" if task == "rte" else "labels"):
         assert max(chunk[key].shape[1] for chunk in batch) == most
@@ -199,12 +181,10 @@ def test_what_the_paper_adapts_is_found_by_its_names(name, kind, sizes, count, s
     shapes = [model.get_submodule(n).weight.shape for n in names]
     assert (len(names), sum(map(sum, shapes))) == (count, size)
     assert not heads or glue.find_heads(model) == heads
-    with pytest.raises(ValueError, match="--model: x has no matrices named c_attn; this task"):
-        data.matrices(model, ["c_attn"], replace(CONFIG, model="x"))
 
 
-def test_weights_are_float32_and_bfloat16_is_of_autocast_alone(world):
-    """Though the checkpoint has float16. The loss is nearly the same."""
+def test_bfloat16_is_of_autocast_alone(world):
+    """Weights are float32, and the loss is nearly float32's."""
     losses = {}
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(0)
@@ -213,5 +193,4 @@ def test_weights_are_float32_and_bfloat16_is_of_autocast_alone(world):
         assert {w.dtype for w in problem.model.parameters()} == {torch.float32}
         problem.model.eval()
         losses[dtype] = problem.loss(problem.model, next(iter(problem.batches(1)))).item()
-        assert 0 <= problem.evaluate(True)["accuracy"] <= 1
     assert losses["float32"] != losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
