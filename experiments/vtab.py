@@ -16,7 +16,6 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.data import Dataset
 
 from experiments.data import (
     epoch_batches, guesses, matrices, predictions, pretrained, some, with_new_head)
@@ -28,7 +27,7 @@ KINDS = ("q_proj", "k_proj", "v_proj", "fc1", "fc2")
 EVALUATION_BATCH = 64
 
 
-class Images(Dataset):
+class Images:
     """The images of a list, decoded and processed when asked for: dict(pixel_values, labels).
 
     Raises ValueError if the list has a bad line.
