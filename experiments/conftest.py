@@ -61,7 +61,7 @@ def sentences(n, least, most, seed=0):
 
 
 def make_tokenizer(folder):
-    """DeBERTa's, as it is on the hub: a SentencePiece model, of all ASCII, and no tokenizer.json."""
+    """DeBERTa's, as on the hub: a SentencePiece model, of all ASCII, and no tokenizer.json."""
     folder.mkdir()
     ascii = [chr(i) for i in range(33, 127)]
     lines = [f"{a}{b} {b}{a} ... 1/2" for a in ascii for b in ascii] + sentences(999, 4, 8)
