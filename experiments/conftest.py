@@ -8,16 +8,13 @@ import tempfile
 from pathlib import Path
 
 HOME = tempfile.TemporaryDirectory()  # of the hub's libraries, which read this when imported
-caches = {"HF_HOME": ".", "HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "datasets"}
-os.environ.update({name: str(Path(HOME.name, folder)) for name, folder in caches.items()})
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HOME=HOME.name, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import datasets
 import numpy as np
 import pandas
 import pytest
 import sentencepiece
-import tokenizers
 import torch
 import transformers
 from hypothesis import settings
@@ -47,44 +44,15 @@ def array(tensor):
 
 
 # ---- A tiny world: for every family a model, and data laid out as on the hub ----
-TINY = {  # as any model names its sizes
-    **dict.fromkeys(("hidden_size", "d_model"), 16),
-    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"), 32),
-    **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers"), 2),
-    **{f"{of}_attention_heads": 2 for of in ("num", "encoder", "decoder")}}
+TINY = dict(  # as any model names its sizes
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, d_model=16,
+    encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+    encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=150)
 DEBERTA = dict(
-    **TINY, vocab_size=64, relative_attention=True, position_buckets=16, type_vocab_size=0,
-    pos_att_type="p2c|c2p", norm_rel_ebd="layer_norm", share_att_key=True,
-    position_biased_input=False)
+    **TINY, relative_attention=True, position_buckets=16, type_vocab_size=0, share_att_key=True,
+    pos_att_type="p2c|c2p", norm_rel_ebd="layer_norm", position_biased_input=False)
 WORDS = "the a cat dog sat ran on under mat house red blue".split()
 ROWS = 96
-
-
-def train_sentencepiece(folder, lines, **arguments):
-    """Makes a folder of a SentencePiece model with DeBERTa's special tokens."""
-    folder.mkdir(exist_ok=True)
-    (folder / "text").write_text("\n".join(lines))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "spm"), minloglevel=2, pad_id=0,
-        bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]",
-        unk_piece="[UNK]", **arguments)
-    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
-
-
-def write_parquet(folder, split, rows):
-    folder.mkdir(parents=True, exist_ok=True)
-    pandas.DataFrame(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
-
-
-def write_glue(root, **tasks):
-    """A folder laid out like nyu-mll/glue on the hub: task -> split -> rows."""
-    configs = []
-    for task, splits in tasks.items():
-        for split, rows in splits.items():
-            write_parquet(root / task, split, rows)
-        files = [dict(split=split, path=f"{task}/{split}-*") for split in splits]
-        configs.append(dict(config_name=task, data_files=files))
-    (root / "README.md").write_text(f"---\n{json.dumps(dict(configs=configs))}\n---\n")
 
 
 def sentences(n, least, most, seed=0):
@@ -92,35 +60,37 @@ def sentences(n, least, most, seed=0):
     return [" ".join(random.choice(WORDS, random.integers(least, most))) for _ in range(n)]
 
 
-def make_deberta(folder):
-    """Stored as microsoft/deberta-v3-base is: float16, no head, no tokenizer.json."""
-    train_sentencepiece(folder, sentences(200, 4, 8), vocab_size=40, hard_vocab_limit=False)
-    config = transformers.DebertaV2Config(**DEBERTA)
-    config.save_pretrained(folder)
-    state = transformers.DebertaV2ForSequenceClassification(config).state_dict()
-    encoder = {key: w.half() for key, w in state.items() if key.startswith("deberta.")}
-    torch.save(encoder, folder / "pytorch_model.bin")
-
-
-def make_bart(folder):
+def make_tokenizer(folder):
+    """DeBERTa's, as on the hub: a SentencePiece model, of all ASCII, and no tokenizer.json."""
     folder.mkdir()
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    bpe.train_from_iterator([" ".join(WORDS)] * 20, vocab_size=300, special_tokens=special)
-    bpe.save_model(str(folder))
-    size = bpe.get_vocab_size()
-    config = transformers.BartConfig(**TINY, vocab_size=size, max_position_embeddings=256)
-    transformers.BartForConditionalGeneration(config).save_pretrained(folder)
-    transformers.BartTokenizer.from_pretrained(folder).save_pretrained(folder)
+    ascii = [chr(i) for i in range(33, 127)]
+    lines = [f"{a}{b} {b}{a} ... 1/2" for a in ascii for b in ascii] + sentences(999, 4, 8)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "spm"), minloglevel=2,
+        vocab_size=TINY["vocab_size"], character_coverage=1.0, pad_id=0, bos_id=1, eos_id=2,
+        unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]")
+    settings = dict(tokenizer_class="DebertaV2Tokenizer", do_lower_case=False, vocab_type="spm",
+                    model_input_names=["input_ids", "attention_mask"])
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_data(root, **tasks):
+    """A folder laid out like nyu-mll/glue on the hub: task -> split -> rows."""
+    for task, splits in tasks.items():
+        (root / task).mkdir(parents=True)
+        for split, rows in splits.items():
+            pandas.DataFrame(rows).to_parquet(root / task / f"{split}-00000-of-00001.parquet")
+    configs = [f"- {{config_name: {task}, data_dir: {task}}}\n" for task in tasks]
+    (root / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
 
 
 def make_images(folder, split, n):
-    """Pictures of three classes, by the part that is bright, and their list."""
+    """Pictures of three classes, by their colour, and their list."""
     random, lines = np.random.default_rng(n), []
     (folder / "images" / split).mkdir(parents=True)
     for i in range(n):
-        pixels = random.integers(0, 99, (20, 20, 3)).astype(np.uint8)
-        (pixels[:10], pixels[10:], pixels[:, :10])[i % 3][:] += 150
+        pixels = random.integers(0, 99, (20, 20, 3), dtype=np.uint8)
+        pixels[..., i % 3] += 150
         name = f"images/{split}/{i:03}.{('png', 'jpg')[i % 2]}"
         Image.fromarray(pixels).save(folder / name)
         lines.append(f"{name} {i % 3}\n")
@@ -132,24 +102,30 @@ def world(tmp_path_factory):
     """A folder with the models deberta/, bart/, vit/ and the data glue/, xsum/, vtab/.
 
     GLUE's are pairs of random sentences; the label is 1 where the first has 'red', and for STS-B
-    it counts the letter a.
+    it counts the letter a. The DeBERTa is as on the hub: in float16, without a head.
     """
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    make_deberta(root / "deberta")
-    pairs = [*zip(sentences(ROWS, 4, 8), sentences(ROWS, 2, 6, seed=1))]
-    rte = [dict(sentence1=a, sentence2=b, label=int("red" in a)) for a, b in pairs]
-    stsb = [row | dict(label=row["sentence1"].count("a") / 2) for row in rte]
-    write_glue(root / "glue", rte=dict(train=rte, validation=rte[:40]),
-               stsb=dict(train=stsb, validation=stsb[:40]))
-    make_bart(root / "bart")
-    for split, n in (("train", 26), ("validation", 9), ("test", 7)):
-        articles = zip(*(sentences(n, 3, 12, seed) for seed in range(3)))
-        rows = [dict(document="\n".join(a), summary=a[0].replace("the", "a")) for a in articles]
-        write_parquet(root / "xsum/data", split, rows)
+    make_tokenizer(root / "deberta")
+    deberta = transformers.DebertaV2Config(**DEBERTA)
+    deberta.save_pretrained(root / "deberta")
+    weights = transformers.DebertaV2Model(deberta).half().state_dict()
+    torch.save(weights, root / "deberta/pytorch_model.bin")
+    make_tokenizer(root / "bart")
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2)
+    bart = transformers.BartConfig(**TINY, **special, max_position_embeddings=256)
+    transformers.BartForConditionalGeneration(bart).save_pretrained(root / "bart")
     vit = transformers.ViTConfig(**TINY, image_size=16, patch_size=8)
     transformers.ViTModel(vit).save_pretrained(root / "vit")
     transformers.ViTImageProcessorPil(size=dict(height=16, width=16)).save_pretrained(root / "vit")
+    pairs = [*zip(sentences(ROWS, 4, 8), sentences(ROWS, 2, 6, seed=1))]
+    rte = [dict(sentence1=a, sentence2=b, label=int("red" in a)) for a, b in pairs]
+    stsb = [row | dict(label=row["sentence1"].count("a") / 2) for row in rte]
+    write_data(root / "glue", rte=dict(train=rte, validation=rte[:40]),
+               stsb=dict(train=stsb, validation=stsb[:40]))
+    articles = [*zip(*(sentences(42, 3, 12, seed) for seed in range(3)))]
+    xsum = [dict(document="\n".join(a), summary=a[0].replace("the", "a")) for a in articles]
+    write_data(root / "xsum", data=dict(train=xsum[:26], validation=xsum[26:35], test=xsum[35:]))
     for split, n in (("train800", 24), ("val200", 6), ("test", 9)):
         make_images(root / "vtab/vtab-1k/cifar", split, n)
     return root
@@ -164,23 +140,22 @@ def small(monkeypatch):
 
 
 # ---- Short runs ----
-PLACES = {"planted": (), **dict.fromkeys(("rte", "stsb", "sst2_heldout"), ("deberta", "glue")),
-          "xsum": ("bart", "xsum"), "cifar": ("vit", "vtab")}
-BATCH = {"planted": 32, "xsum": 8, "cifar": 8}  # of others 16
-RATE = {"xsum": 0.05, "cifar": 0.01}  # of others 0.02
+RUNS = {  # where its model and its data are, batch size, learning rate
+    "planted": (None, None, 32, 0.02), "rte": ("deberta", "glue", 16, 0.02),
+    "stsb": ("deberta", "glue", 16, 0.02), "sst2_heldout": ("deberta", "glue", 16, 0.02),
+    "xsum": ("bart", "xsum", 8, 0.05), "cifar": ("vit", "vtab", 8, 0.01)}
 FAMILY_TASKS = ("planted", "rte", "xsum", "cifar")  # one task of each family
 assert len(FAMILY_TASKS) == len(FAMILIES)
 
 
 def config_of(world, task, method="elalora", settings=(), **changes):
     """A run of 4 epochs, in which ranks move often."""
-    changes = dict(rank=3, seed=0, epochs=4) | changes
-    words = [f"batch_size={BATCH.get(task, 16)}", f"learning_rate={RATE.get(task, 0.02)}"]
-    words += ["b=4", "k=2", *settings]
-    if PLACES[task]:
-        model, data = (str(world / name) for name in PLACES[task])
-        changes = dict(model=model, data_dir=data, dtype="float32") | changes
-    return Config(task, method, set=sorted(words), **changes)
+    model, data, batch_size, rate = RUNS[task]
+    words = [f"batch_size={batch_size}", f"learning_rate={rate}", "b=4", "k=2", *settings]
+    asked = dict(rank=3, seed=0, epochs=4)
+    if model:
+        asked |= dict(model=str(world / model), data_dir=str(world / data), dtype="float32")
+    return Config(task, method, set=sorted(words), **asked | changes)
 
 
 def arguments_of(config):

@@ -1,24 +1,19 @@
-"""The laws of experiments/data.py: data, batches, losses and predictions, by any processes."""
+"""The laws of experiments/data.py: pre-trained models, data, batches, predictions."""
 
-import contextlib
 import math
 import re
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
 import transformers
-from torch import distributed, nn
-from transformers import BatchEncoding
 
 from experiments import data, glue, vtab, xsum
-from experiments import problem as shared
-from experiments.conftest import TINY, config_of, make_problem, write_glue
-from experiments.problem import DEVICE, chosen
+from experiments.conftest import TINY, array, config_of, make_problem, write_data
+from experiments.problem import DEVICE
 from experiments.tables import Config, recipe_of
 
 CONFIG = Config("rte", "elalora", 4, 0)
@@ -26,7 +21,7 @@ CONFIG = Config("rte", "elalora", 4, 0)
 
 def test_draws_depend_on_no_draw_before():
     """An epoch's batches depend on seed and epoch, the held-out tenth and a number of examples on
-    nothing. No row is drawn twice; more examples than there are is a ValueError."""
+    nothing. No row is drawn twice."""
     def draw(epoch=1, seed=0):
         torch.seed()
         config, recipe = replace(CONFIG, seed=seed), replace(recipe_of(CONFIG), examples=9)
@@ -40,22 +35,6 @@ def test_draws_depend_on_no_draw_before():
     assert sorted(batches) == sorted(rest + tenth) == [*range(57)] and len(tenth) == 5
     assert tenth != [*range(5)] and some != [*range(9)] and len({*some}) == 9
     assert [*data.some(range(57), recipe_of(CONFIG))] == [*range(57)]
-    with pytest.raises(ValueError, match="examples=58: there are 57"):
-        data.some(range(57), replace(recipe_of(CONFIG), examples=58))
-
-
-@pytest.mark.parametrize("labels", [1, 3])
-def test_a_guess_is_the_likeliest_class_or_the_number_with_its_loss(labels):
-    """By NumPy: minus the logarithm of the label's probability, or the squared error."""
-    x, y = np.random.default_rng(0).normal(size=(20, labels)), np.arange(20) % 3
-    model = lambda logits: SimpleNamespace(logits=logits)
-    found = data.guesses(model, dict(logits=torch.tensor(x), labels=torch.tensor(y)))
-    if labels == 1:
-        expected = x[:, 0], (x[:, 0] - y) ** 2
-    else:
-        probabilities = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
-        expected = probabilities.argmax(axis=1), -np.log(probabilities[range(20), y])
-    np.testing.assert_allclose([*zip(*found)], expected, rtol=1e-4)
 
 
 def test_a_batch_of_texts_is_split_into_chunks_of_like_length():
@@ -67,44 +46,12 @@ def test_a_batch_of_texts_is_split_into_chunks_of_like_length():
     assert chunks == [[*range(i, i + n)] for i in range(1, 13, n)]
 
 
-def test_the_loss_of_a_batch_in_chunks_is_the_mean_over_all_its_labels():
-    """However rows with unlike numbers of labels are chunked; so is its gradient."""
-    scores = nn.Linear(5, 7).to(DEVICE)
-    rows, ends = [torch.randint(7, (n,)) for n in (1, 9, 2, 5, 3, 3)], []
-
-    def model(x, labels):
-        loss = nn.functional.cross_entropy(scores(x).flatten(0, 1), labels.flatten())  # not of -100
-        return SimpleNamespace(loss=loss)
-
-    def chunk(rows):
-        labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-        x = torch.sin(labels[..., None] + torch.arange(5.0))
-        return BatchEncoding(dict(x=x, labels=labels))
-
-    for chunks in ([rows], [rows[:1], rows[1:3], rows[3:]]):
-        loss = data.mean_loss(model, [chunk(part) for part in chunks], CONFIG)
-        ends.append((loss, *torch.autograd.grad(loss, scores.weight)))
-    torch.testing.assert_close(*ends)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_predictions_are_in_the_order_of_the_rows(count, monkeypatch):
-    """One for each row in every process, by however many processes they were made, though texts
-    of like length are padded together."""
-    made, found = [], []
-
-    def gather(shares, own):
-        made.append(own)
-        shares[:] = made[-count:] if len(made) > count else [dict.fromkeys(range(11))]
-
-    monkeypatch.setattr(distributed, "all_gather_object", gather)
-    monkeypatch.setattr(shared, "PROCESSES", count)
-    squares = lambda batch: [row["i"] ** 2 for row in batch]
+def test_predictions_are_in_the_order_of_the_rows():
+    """One for each, though texts of like length are padded together."""
     texts = [dict(i=i, input_ids=[0] * (7 * i % 11)) for i in range(11)]
-    for process in [*range(count)] * 2:  # in the second round, what all made is known
-        monkeypatch.setattr(shared, "PROCESS", process)
-        found.append(data.predictions(texts, 3, squares, lambda rows: rows, CONFIG))
-    assert found[-count:] == [[i * i for i in range(11)]] * count
+    squares = lambda batch: [row["i"] ** 2 for row in batch]
+    found = data.predictions(texts, 3, squares, lambda rows: rows, CONFIG)
+    assert found == [i * i for i in range(11)]
 
 
 def load(folder, column, task=None):
@@ -116,7 +63,7 @@ def test_data_that_changed_are_read_anew(tmp_path):
     """In the same folder, and in another one of the same name and README."""
     for number, folder in ((1, "a"), (2, "a"), (3, "b")):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)
-        write_glue(tmp_path / folder / "glue", rte=dict(train=[dict(label=number)]))
+        write_data(tmp_path / folder / "glue", rte=dict(train=[dict(label=number)]))
         assert load(tmp_path / folder / "glue", "label", "rte") == [number]
 
 
@@ -125,156 +72,119 @@ def test_a_hub_data_set_with_a_loading_script_is_read_from_its_conversion(monkey
     rows = {"train": datasets.Dataset.from_dict({"a": ["x"]})}
 
     def load_dataset(source, task, revision=None):
-        if revision is None:
+        if revision != "refs/convert/parquet":
             raise RuntimeError("Dataset scripts are no longer supported")
-        return {("hub/name", "refs/convert/parquet"): rows}[source, revision]
+        return rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert data.load_splits(None, "hub/name", None, ["a"], ["train"]) == [rows["train"]]
 
 
-FILES = {  # a file, and its texts or what the error says
-    "words in a CSV": ("a.csv", 'text\nNA\nnull\n"a, ""b"""', ["NA", "null", 'a, "b"']),
-    "quotes in a TSV": ("a.tsv", 'text\tlabel\n"a\t0\nb\t1\n"c"d\t0', ['"a', "b", '"c"d']),
-    "words in JSON": ("a.jsonl", '{"text": "NA"}\n{"text": ""}', ["NA", ""]),
-    "empty field of a CSV": ("a.csv", "text,label\na,0\n,1", "text is missing (row 2 of 2)"),
-    "empty field of a TSV": ("a.tsv", "text\tlabel\n\t1", "text is missing (row 1 of 1)"),
-    "null in JSON": ("a.jsonl", '{"text": "a"}\n{"text": null}', "is missing (row 2 of 2)"),
-    "numbers": ("a.csv", "text,label\n1,0\n2,0", "the text is of type int64, not a text"),
-    "lists": ("a.jsonl", '{"text": ["a"]}', "not a text"),
-    "another column": ("a.csv", "texts\na", "no column 'text', only texts"),
-    "no rows": ("a.jsonl", "", "no data set that can be read"),
-}
-
-
-@pytest.mark.parametrize("name, content, expected", FILES.values(), ids=FILES)
-def test_texts_are_read_as_they_stand_or_refused(name, content, expected, tmp_path):
-    """NA, null and None are words, an empty string is a text, an empty field is none."""
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", "text,label\na,0\nNA,1", "the text is missing (row 2 of 2)"),
+    ("a.jsonl", '{"text": ""}\n{"text": null}', "the text is missing (row 2 of 2)"),
+    ("a.jsonl", '{"text": ["a"]}', "the text is of type list"),
+    ("a.tsv", 'text\tlabel\n"a\t0', "has a TSV: give CSV, JSON or Parquet")])
+def test_what_is_no_text_is_refused(name, content, message, tmp_path):
+    """As is what may be read in two ways. An empty string is a text."""
     (tmp_path / name).write_text(content + "\n")
-    if isinstance(expected, list):
-        assert load(tmp_path, "text") == expected
-    else:
-        with pytest.raises(ValueError, match=f"{tmp_path}.*{re.escape(expected)}"):
-            load(tmp_path, "text")
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{re.escape(message)}"):
+        load(tmp_path, "text")
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_labels_are_cast_to_what_the_loss_needs(count):
+@pytest.mark.parametrize("count, wrong, meant", [
+    (1, (math.nan, math.inf), "a finite number"), (2, (-1, 2, 0.5, "1", None), "one of 0 to 1")])
+def test_labels_are_cast_to_what_the_loss_needs(count, wrong, meant):
     """Classes are integers, numbers floats; any other label is named with place and row."""
-    right = [1, 1.0, True, "1", "1.0"]
-    found = data.cast_labels(right, count, "here")
-    assert found == [1] * 5 and {*map(type, found)} == {float if count == 1 else int}
-    meant = "a number" if count == 1 else "one of 0 to 1"
-    for label in (math.nan, math.inf, None, "yes", "", [1], *[-1, 2, 0.5][: 3 * (count > 1)]):
-        message = re.escape(f"here: the label is {label!r}, not {meant} (row 6)")
-        with pytest.raises(ValueError, match=f"^{message}$"):
-            data.cast_labels([*right, label], count, "here")
+    found = data.cast_labels([1, 1.0, True], count, "here")
+    assert found == [1] * 3 and {*map(type, found)} == {float if count == 1 else int}
+    for label in wrong:
+        message = f"here: the label is {label!r}, not {meant} (row 2)"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            data.cast_labels([1, label], count, "here")
 
 
 # ---- Pre-trained models ----
-SHORT = TINY | dict(vocab_size=300, max_position_embeddings=20, position_biased_input=False)
+SHORT = TINY | dict(max_position_embeddings=20)
 
 
-@pytest.mark.parametrize("name, positions", [
-    ("Bert", 20), ("Electra", 20), ("Roberta", 18), ("Camembert", 18), ("Bart", 20),
-    ("MBart", 20), ("DebertaV2", 30)])
-def test_texts_are_cut_where_a_model_fails(name, positions, capsys):
-    """By its forward pass, which takes that many tokens and no more. A cut is printed."""
-    config = getattr(transformers, f"{name}Config")(**SHORT)
-    model = getattr(transformers, f"{name}Model")(config)
-    assert data.most_tokens(model, 30) == positions
-    assert (f"cut at {positions} tokens" in capsys.readouterr().out) == (positions < 30)
-    model(input_ids=torch.full((1, positions), 3))
-    with pytest.raises((IndexError, RuntimeError)) if positions < 30 else contextlib.nullcontext():
-        model(input_ids=torch.full((1, positions + 1), 3))
-
-
-@pytest.mark.parametrize("task, most", [("rte", 18), ("xsum", 256)])
-def test_longer_texts_are_trained_on_and_evaluated(task, most, world, tmp_path, monkeypatch):
-    """Cut to the model's positions: articles and summaries, given and generated, too. So is a text
-    without characters, which has special tokens alone."""
+@pytest.mark.parametrize("task, name, most", [
+    ("rte", "BertModel", 20), ("rte", "RobertaModel", 18),
+    ("xsum", "BartForConditionalGeneration", 20)])
+def test_longer_texts_are_cut_to_the_models_positions(
+    task, name, most, world, tmp_path, monkeypatch, capsys
+):
+    """Which is printed. They are trained on and evaluated: articles and summaries, given and
+    generated, too. So is a text without characters, which has special tokens alone."""
     monkeypatch.setattr(xsum, "SUMMARY_TOKENS", 300)
-    shutil.copytree(world / "bart", tmp_path / "model")  # its tokenizer is RoBERTa's
-    if task == "rte":
-        config = transformers.RobertaConfig(**SHORT)
-        transformers.RobertaModel(config).save_pretrained(tmp_path / "model")
+    model = shutil.copytree(world / "bart", tmp_path / "model")  # for its tokenizer
+    kind = getattr(transformers, name)
+    kind(kind.config_class(**SHORT)).save_pretrained(model)
     texts = ["", "red cat " * 9, *["red cat " * 400] * 6]
     names = ("sentence1", "sentence2", "document", "summary")
     rows = [dict.fromkeys(names, text) | dict(label=len(text) % 2) for text in texts]
-    write_glue(tmp_path / "data", rte=dict.fromkeys(("train", "validation", "test"), rows))
-    config = config_of(
-        world, task, model=str(tmp_path / "model"), data_dir=str(tmp_path / "data"))
+    write_data(tmp_path / "data", rte=dict.fromkeys(("train", "validation", "test"), rows))
+    config = config_of(world, task, model=str(model), data_dir=str(tmp_path / "data"))
     problem = make_problem(config, recipe_of(config))
+    assert f"texts are cut at {most} tokens" in capsys.readouterr().out
     (batch,) = problem.batches(1)
-    lengths = [chunk["input_ids" if task == "rte" else "labels"].shape[1] for chunk in batch]
-    assert max(lengths) == max(chunk["input_ids"].shape[1] for chunk in batch) == most
+    for key in ("input_ids", "input_ids" if task == "rte" else "labels"):
+        assert max(chunk[key].shape[1] for chunk in batch) == most
     assert problem.loss(problem.model, batch).isfinite() and problem.evaluate(True)
 
 
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize("had, remembered", [
-    (None, None), (None, "single_label_classification"), (None, "regression"), (1, "regression"),
-    (2, "multi_label_classification"), (2, "single_label_classification"), (3, None)])
+    (0, "regression"), (1, "regression"), (2, "single_label_classification"), (3, None)])
 def test_a_base_keeps_nothing_of_the_task_it_was_trained_for(
     labels, had, remembered, tmp_path, capsys
 ):
-    """Its head is new, which is said, and the loss is this task's; all other weights are kept."""
+    """Its head is new, which is said, and the loss is this task's; all other weights are kept, in
+    float32. A guess is the likeliest class or the number, with its loss."""
     config = transformers.BertConfig(**SHORT, num_labels=had or 2, problem_type=remembered)
-    base = transformers.BertForSequenceClassification(config)
+    base = transformers.BertForSequenceClassification(config).half()
     (base if had else base.bert).save_pretrained(tmp_path)
     auto = transformers.AutoModelForSequenceClassification
-    model = data.with_new_head(auto, str(tmp_path), labels).eval()
+    model = data.with_new_head(auto, str(tmp_path), labels).eval().to(DEVICE)
     assert (f"{tmp_path} has a classifier of another task" in capsys.readouterr().out) == bool(had)
-    assert not torch.equal(model.classifier.weight[0], base.classifier.weight[0])
-    assert all(torch.equal(*pair) for pair in zip(model.bert.parameters(), base.bert.parameters()))
+    assert not torch.equal(model.classifier.weight[0].half().cpu(), base.classifier.weight[0])
+    assert all(torch.equal(w.cpu(), v.float())
+               for w, v in zip(model.bert.parameters(), base.bert.parameters(), strict=True))
     ids, y = torch.tensor([[1, 2], [3, 4]], device=DEVICE), torch.tensor([0, 1], device=DEVICE)
-    model.to(DEVICE)
     found = model(input_ids=ids, labels=y if labels > 1 else y.float())
-    losses = [loss for _, loss in data.guesses(model, dict(input_ids=ids, labels=y))]
+    guess, losses = zip(*data.guesses(model, dict(input_ids=ids, labels=y)))
     assert found.loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
+    logits = array(found.logits)
+    assert guess == pytest.approx(logits.argmax(axis=1) if labels > 1 else logits[:, 0])
 
 
 # ---- What is adapted ----
 BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
 BART = dict(d_model=768, encoder_layers=6, decoder_layers=6, encoder_ffn_dim=3072,
             decoder_ffn_dim=3072)
-IMAGE, HEADS = "ForImageClassification", ["pooler", "classifier"]
+HEADS = ["pooler", "classifier"]
 
 
 @pytest.mark.parametrize("name, kind, sizes, count, size, heads", [
     ("DebertaV2", "ForSequenceClassification", BASE, 72, 165_888, HEADS),  # 0.33 M at rank 2
-    ("Bert", "ForSequenceClassification", BASE, 72, 165_888, HEADS),
     ("Roberta", "ForSequenceClassification", BASE, 72, 165_888, HEADS[1:]),
     ("Bart", "ForConditionalGeneration", BART, 96, 202_752, None),  # 0.41 M at rank 2
-    ("ViT", IMAGE, BASE, 60, 147_456, None),  # 1.18 M at rank 8
-    ("CLIP", IMAGE, {}, 60, 147_456, None), ("Dinov2", IMAGE, {}, 60, 147_456, None)])
+    ("ViT", "ForImageClassification", BASE, 60, 147_456, None)])  # 1.18 M at rank 8
 def test_what_the_paper_adapts_is_found_by_its_names(name, kind, sizes, count, size, heads):
     """With as many weights at rank 1 as the parameters of Tables 2 to 4 say. What a checkpoint of
     an encoder lacks is trained, too."""
     config = getattr(transformers, f"{name}Config")(**sizes)
     with torch.device("meta"):
         model = getattr(transformers, name + kind)(config)
-    other = vtab.KINDS if kind == IMAGE else xsum.KINDS
+    other = vtab.KINDS if name == "ViT" else xsum.KINDS
     names = data.matrices(model, glue.adapted_kinds(model) if heads else other, CONFIG)
     shapes = [model.get_submodule(n).weight.shape for n in names]
     assert (len(names), sum(map(sum, shapes))) == (count, size)
     assert not heads or glue.find_heads(model) == heads
-    with pytest.raises(ValueError, match="--model: x has no matrices named c_attn; this task"):
-        data.matrices(model, ["c_attn"], replace(CONFIG, model="x"))
 
 
-def test_targets_choose_matrices_by_the_ends_of_their_names():
-    """In the order of the model; a target that fits nothing is named."""
-    names = ["0.query", "0.dense", "1.query", "1.dense"]
-    for targets, expected in (([""], names), (["dense"], names[1::2]),
-                              (["1.dense", "query"], ["0.query", "1.query", "1.dense"])):
-        assert chosen(names, replace(CONFIG, targets=targets)) == expected
-    with pytest.raises(ValueError, match="--targets bias: none of .*1.dense ends so"):
-        chosen(names, replace(CONFIG, targets=["dense", "bias"]))
-
-
-def test_weights_are_float32_and_bfloat16_is_of_autocast_alone(world):
-    """Though the checkpoint has float16. The loss is nearly the same."""
+def test_bfloat16_is_of_autocast_alone(world):
+    """Weights are float32, and the loss is nearly float32's."""
     losses = {}
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(0)
@@ -283,5 +193,4 @@ def test_weights_are_float32_and_bfloat16_is_of_autocast_alone(world):
         assert {w.dtype for w in problem.model.parameters()} == {torch.float32}
         problem.model.eval()
         losses[dtype] = problem.loss(problem.model, next(iter(problem.batches(1)))).item()
-        assert 0 <= problem.evaluate(True)["accuracy"] <= 1
     assert losses["float32"] != losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)

@@ -17,20 +17,16 @@ from experiments.tables import recipe_of
 def test_images_are_those_of_the_lists_as_the_checkpoint_processes_them(zipped, world, tmp_path):
     """In their order, though threads decode them, from a folder or a zip."""
     data_dir, model = world / "vtab", str(world / "vit")
+    folder = data_dir / "vtab-1k/cifar"
     if zipped:
-        (tmp_path / "vtab-1k.zip").write_bytes(b"PK")  # a download that was cut
-        with pytest.raises(ValueError, match=f"{tmp_path} has no folder .* no whole vtab-1k.zip"):
-            vtab.load_images("cifar", str(tmp_path), model)
         shutil.make_archive(tmp_path / "vtab-1k", "zip", data_dir, "vtab-1k")
         data_dir = tmp_path
     *splits, classes = vtab.load_images("cifar", str(data_dir), model)
-    processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil")
-    folder = world / "vtab/vtab-1k/cifar"
     assert classes == 3
+    processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil")
     for name, split in zip(("train800", "val200", "test"), splits):
-        lines = (folder / f"{name}.txt").read_text().splitlines()[::-1]
-        order = [*range(len(split))][::-1]
-        rows = split.__getitems__(order) if name == "test" else split[::-1]
+        lines = (folder / f"{name}.txt").read_text().splitlines()
+        rows = split.__getitems__(range(len(split))) if name == "test" else split
         for line, row in zip(lines, rows, strict=True):
             path, label = line.split()
             image = Image.open(folder / path).convert("RGB")
@@ -38,34 +34,22 @@ def test_images_are_those_of_the_lists_as_the_checkpoint_processes_them(zipped, 
             assert torch.equal(row["pixel_values"], pixels) and row["labels"] == int(label)
 
 
-GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
-IMAGES = {  # the file, what is in it, and what is read or what the error says
-    "8 bits": ("a.png", GRAY, GRAY),
-    "16 bits": ("a.png", GRAY * np.uint16(257) - np.uint16(100) * (GRAY > 0), GRAY),  # rounded
-    "16 bits, big-endian": ("a.tif", (GRAY * np.uint16(257)).astype(">u2"), GRAY),
-    "32 bits that hold 16": ("a.tif", GRAY * np.int32(257), GRAY),
-    "32 bits": ("a.tif", GRAY * np.int32(300), "from 0 to 76500, not from 0 to 65535"),
-    "floats": ("a.tif", GRAY / np.float32(255), GRAY),
-    "large floats": ("a.tif", GRAY + np.float32(0), "from 0 to 255, not from 0 to 1"),
-    "negative": ("a.tif", GRAY / np.float32(255) - 1, "from -1 to 0, not from 0 to 1"),
-    "no numbers": ("a.tif", GRAY + np.float32("nan"), "from nan to nan"),
-}
-
-
-@pytest.mark.parametrize("name, pixels, expected", IMAGES.values(), ids=IMAGES)
-def test_images_are_read_upright_and_in_8_bits(name, pixels, expected, tmp_path):
-    """After the quarter turn clockwise that their EXIF data ask for. Nothing is clipped; an error
-    names the file and its range."""
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float32])
+def test_images_are_read_upright_and_with_8_bits_alone(kind, tmp_path):
+    """After the quarter turn clockwise that their EXIF data ask for. With more bits, values beyond
+    255 would be clipped: an error names the file."""
+    gray = np.arange(256, dtype=kind).reshape(16, 16)
+    name = "a.png" if kind is np.uint8 else "a.tif"  # Pillow itself turns TIFFs
     (tmp_path / "all.txt").write_text(f"{name} 0")
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    Image.fromarray(gray).save(tmp_path / name, exif=exif)
     images = vtab.Images(tmp_path, "all", None)
-    if isinstance(expected, str):
-        with pytest.raises(ValueError, match=f"{name} is not an image .*{expected}"):
-            images.image(0)
+    if kind is np.uint8:
+        assert (np.asarray(images.image(0)) == np.rot90(gray, -1)[..., None]).all()
     else:
-        assert (np.asarray(images.image(0)) == np.rot90(expected, -1)[..., None]).all()
+        with pytest.raises(ValueError, match="a.tif is not an image .* not of 8 bits"):
+            images.image(0)
 
 
 def test_accuracies_and_losses_are_those_of_the_images(world):

@@ -47,7 +47,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_all_summaries(world, monkeypatc
 
     chunks = next(iter(problem.batches(1)))
     assert len(chunks) == 4 and len({chunk["labels"].shape[1] for chunk in chunks}) > 1
-    ids = [ids[ids != 1].tolist() for chunk in chunks for ids in chunk["input_ids"]]
+    ids = [ids[ids != 0].tolist() for chunk in chunks for ids in chunk["input_ids"]]  # 0: padding
     rows = [row for row in train if tokenizer(row["document"])["input_ids"] in ids]
     assert len(rows) == 8
     found = problem.loss(problem.model, chunks).item(), problem.evaluate(False)["validation_loss"]

@@ -12,12 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.data import Dataset
 
 from experiments.data import (
     epoch_batches, guesses, matrices, predictions, pretrained, some, with_new_head)
@@ -29,19 +27,7 @@ KINDS = ("q_proj", "k_proj", "v_proj", "fc1", "fc2")
 EVALUATION_BATCH = 64
 
 
-def in_eight_bits(image: Image.Image) -> Image.Image:
-    """An image of 16 bits, or of floats from 0 to 1, scaled to 8 bits; any other as it is."""
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    highest = 1 if image.mode == "F" else 2**16 - 1
-    values = np.asarray(image, dtype=float)
-    least, most = values.min(), values.max()
-    if not 0 <= least <= most <= highest:
-        raise ValueError(f"values are from {least:g} to {most:g}, not from 0 to {highest}")
-    return Image.fromarray((values * 255 / highest).round().astype(np.uint8))
-
-
-class Images(Dataset):
+class Images:
     """The images of a list, decoded and processed when asked for: dict(pixel_values, labels).
 
     Raises ValueError if the list has a bad line.
@@ -62,11 +48,14 @@ class Images(Dataset):
         return len(self.labels)
 
     def image(self, i: int) -> Image.Image:
-        """Upright, as its EXIF data say. ValueError if there is no such file, or it is broken."""
+        """Upright, as its EXIF data say. ValueError if there is no such file, if it is broken, or
+        if it has more than 8 bits a channel, which would be clipped."""
         try:
             with self.paths[i].open("rb") as file:
                 upright = ImageOps.exif_transpose(Image.open(file))
-                return in_eight_bits(upright).convert("RGB")
+                if upright.mode.startswith(("I", "F")):
+                    raise ValueError(f"it is of mode {upright.mode}, not of 8 bits")
+                return upright.convert("RGB")
         except Exception as error:  # broken files raise all kinds
             raise ValueError(f"{self.paths[i]} is not an image that can be read, "
                              f"{type(error).__name__}: {error}") from None
@@ -85,17 +74,15 @@ class Images(Dataset):
 def load_images(task: str, data_dir: str | None, model: str) -> tuple[list, list, Images, int]:
     """The training and validation images in memory, the test images, the number of classes.
 
-    Every image is decoded once, so that a broken one is found before training. ValueError if there
-    is neither the task's folder nor the zip.
+    Every image is decoded once, so that a broken one is found before training. OSError if there is
+    neither the folder vtab-1k nor the zip, ValueError if it has no such task.
     """
     if data_dir is None:
         from huggingface_hub import hf_hub_download
         data_dir = Path(hf_hub_download(HUB, ZIP, repo_type="dataset")).parent
-    root, archive = Path(data_dir, "vtab-1k"), Path(data_dir, ZIP)
+    root = Path(data_dir, "vtab-1k")
     if not root.is_dir():
-        if not zipfile.is_zipfile(archive):
-            raise ValueError(f"--data-dir: {data_dir} has no folder vtab-1k and no whole {ZIP}")
-        root = zipfile.Path(archive, "vtab-1k/")
+        root = zipfile.Path(Path(data_dir, ZIP), "vtab-1k/")
     if not (root / task).is_dir():
         tasks = sorted(path.name for path in root.iterdir())
         raise ValueError(f"{data_dir}: no folder vtab-1k/{task}; there are {tasks}")
@@ -125,7 +112,7 @@ def problem(config: Config, recipe: Recipe) -> Problem:
 
     def loss(model: nn.Module, batch: dict) -> torch.Tensor:
         with autocast(config):
-            return model(**{key: x.to(DEVICE, non_blocking=True) for key, x in batch.items()}).loss
+            return model(**{key: x.to(DEVICE) for key, x in batch.items()}).loss
 
     def measure(images: Sized, prefix: str) -> dict[str, float]:
         found = predictions(images, EVALUATION_BATCH, partial(guesses, model), None, config)
