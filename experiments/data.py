@@ -1,5 +1,6 @@
 """What GLUE, XSum and VTAB share: pre-trained models, data sets, batches, predictions."""
 
+import csv
 import math
 import os
 import random
@@ -45,8 +46,8 @@ def pretrained(auto: type, model: str, **arguments):
     except Exception as error:  # broken files raise all kinds
         if isinstance(error, OSError) and error.errno is None:
             raise  # transformers names what it did not find
-        raise ValueError(f"--model: {model} cannot be loaded, {type(error).__name__}: "
-                         f"{str(error).strip()}") from error
+        what = f"{type(error).__name__}: {str(error).strip()}"
+        raise ValueError(f"--model: {model} cannot be loaded, {what}") from error
 
 
 def with_new_head(auto: type, model: str, labels: int) -> nn.Module:
@@ -94,15 +95,22 @@ def matrices(model: nn.Module, kinds: Sequence[str], config: Config) -> list[str
 
 # ---- Data ----
 def load_folder(data_dir: str, task: str | None):
-    """All splits of a task, as datasets reads them. ValueError if the folder cannot be read."""
+    """All splits of a task. ValueError if the folder cannot be read.
+
+    In a CSV an empty field is missing, but words such as NA are texts. A TSV has no quotes.
+    """
     import datasets
     files = [(str(path), path.stat().st_mtime_ns) for path in Path(data_dir).resolve().rglob("*")]
-    if any(".tsv" in path for path, _ in files):  # which may mean its quotes as CSV does, or not
-        raise ValueError(f"--data-dir: {data_dir} has a TSV: give CSV, JSON or Parquet")
     known = datasets.fingerprint.Hasher.hash(sorted(files))
     cache = Path(datasets.config.HF_DATASETS_CACHE, known)  # datasets' own knows no files
     try:
-        return datasets.load_dataset(data_dir, task, cache_dir=cache)
+        builder = datasets.load_dataset_builder(data_dir, task, cache_dir=cache)
+        builder.config.keep_default_na = False  # a setting of CSV, which other formats ignore
+        builder.config.na_values = [""]
+        if getattr(builder.config, "sep", None) == "\t":
+            builder.config.quoting = csv.QUOTE_NONE
+        builder.download_and_prepare()
+        return builder.as_dataset()
     except Exception as error:  # broken files raise all kinds
         cause = error.__cause__ or error  # datasets says only there what is wrong
         raise ValueError(f"--data-dir: {data_dir} has no {task or 'data set'} that can be read, "
@@ -111,8 +119,8 @@ def load_folder(data_dir: str, task: str | None):
 
 def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Sequence[str],
                 splits: Sequence[str]) -> list:
-    """Splits of the data set on the hub, or of the one in --data-dir. ValueError if a split or a
-    value is missing, or if a column of texts has others; KeyError if a column is missing."""
+    """Splits of the data set on the hub, or of the one in --data-dir. ValueError if a split, a
+    column or a value is missing, or if a column of texts has others."""
     import datasets
     try:
         loaded = load_folder(data_dir, task) if data_dir else datasets.load_dataset(hub, task)
@@ -120,9 +128,12 @@ def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Seque
         loaded = datasets.load_dataset(hub, task, revision="refs/convert/parquet")
     for split in splits:
         where = f"{data_dir or hub}, {task or 'data'}, {split}"
-        if not loaded.get(split):
+        if split not in loaded or not len(loaded[split]):
             raise ValueError(f"{where}: no examples")
+        names = loaded[split].column_names
         for column in columns:
+            if column not in names:
+                raise ValueError(f"{where}: no column {column!r}, only {', '.join(names)}")
             values = loaded[split].data.column(column)  # pyarrow's, so that no text is decoded
             if values.null_count:
                 row = values.is_null().index(True).as_py() + 1
@@ -133,13 +144,20 @@ def load_splits(data_dir: str | None, hub: str, task: str | None, columns: Seque
 
 
 def cast_labels(labels: Iterable, count: int, where: str) -> list[int] | list[float]:
-    """So many classes, or numbers if count is 1, as a loss takes them. ValueError for others."""
+    """So many classes, or numbers if count is 1, as a loss takes them. ValueError for others.
+
+    Whole floats, booleans and strings of digits are classes.
+    """
     found = []
     for row, label in enumerate(labels, 1):
-        if not (math.isfinite(label) if count == 1 else label in range(count)):
-            right = "a finite number" if count == 1 else f"one of 0 to {count - 1}"
+        try:
+            number = float(label)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not (math.isfinite(number) if count == 1 else number in range(count)):
+            right = "a number" if count == 1 else f"one of 0 to {count - 1}"
             raise ValueError(f"{where}: the label is {label!r}, not {right} (row {row})")
-        found.append(float(label) if count == 1 else int(label))
+        found.append(number if count == 1 else int(number))
     return found
 
 
@@ -151,6 +169,8 @@ def hold_out(rows: Sized) -> tuple[Subset, Subset]:
 
 def some(rows: Sized, recipe: Recipe) -> Sized:
     """As many of the rows as the recipe asks for (0: all), at random but alike for every seed."""
+    if recipe.examples > len(rows):
+        raise ValueError(f"--set examples={recipe.examples}: there are {len(rows)} to train on")
     order = random.Random(0).sample(range(len(rows)), recipe.examples)
     return Subset(rows, order) if recipe.examples else rows
 
@@ -168,8 +188,9 @@ def epoch_batches(rows: Sized, batch_size: int, config: Config, epoch: int,
 
     seed, count = seed_of(config, epoch), shared.PROCESSES
     sampler = DistributedSampler(rows, count, shared.PROCESS, seed=seed)
-    return DataLoader(
-        rows, batch_size // count, sampler=sampler, collate_fn=chunks if pad else None)
+    collate = chunks if pad else None
+    return DataLoader(rows, batch_size // count, sampler=sampler, collate_fn=collate,
+                      pin_memory=DEVICE == "cuda" and collate is None)
 
 
 def mean_loss(model: nn.Module, chunks: list[dict], config: Config) -> Tensor:

@@ -80,28 +80,42 @@ def test_a_hub_data_set_with_a_loading_script_is_read_from_its_conversion(monkey
     assert data.load_splits(None, "hub/name", None, ["a"], ["train"]) == [rows["train"]]
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.csv", "text,label\na,0\nNA,1", "the text is missing (row 2 of 2)"),
-    ("a.jsonl", '{"text": ""}\n{"text": null}', "the text is missing (row 2 of 2)"),
-    ("a.jsonl", '{"text": ["a"]}', "the text is of type list"),
-    ("a.tsv", 'text\tlabel\n"a\t0', "has a TSV: give CSV, JSON or Parquet")])
-def test_what_is_no_text_is_refused(name, content, message, tmp_path):
-    """As is what may be read in two ways. An empty string is a text."""
+FILES = {  # a file, and its texts or what the error says
+    "words in a CSV": ("a.csv", 'text\nNA\nnull\n"a, ""b"""', ["NA", "null", 'a, "b"']),
+    "quotes in a TSV": ("a.tsv", 'text\tlabel\n"a\t0\nb\t1\n"c"d\t0', ['"a', "b", '"c"d']),
+    "words in JSON": ("a.jsonl", '{"text": "NA"}\n{"text": ""}', ["NA", ""]),
+    "empty field of a CSV": ("a.csv", "text,label\na,0\n,1", "text is missing (row 2 of 2)"),
+    "empty field of a TSV": ("a.tsv", "text\tlabel\n\t1", "text is missing (row 1 of 1)"),
+    "null in JSON": ("a.jsonl", '{"text": "a"}\n{"text": null}', "is missing (row 2 of 2)"),
+    "numbers": ("a.csv", "text,label\n1,0\n2,0", "the text is of type int64, not a text"),
+    "lists": ("a.jsonl", '{"text": ["a"]}', "not a text"),
+    "another column": ("a.csv", "texts\na", "no column 'text', only texts"),
+    "no rows": ("a.jsonl", "", "no data set that can be read"),
+}
+
+
+@pytest.mark.parametrize("name, content, expected", FILES.values(), ids=FILES)
+def test_texts_are_read_as_they_stand_or_refused(name, content, expected, tmp_path):
+    """NA, null and None are words, an empty string is a text, an empty field is none."""
     (tmp_path / name).write_text(content + "\n")
-    with pytest.raises(ValueError, match=f"{tmp_path}.*{re.escape(message)}"):
-        load(tmp_path, "text")
+    if isinstance(expected, list):
+        assert load(tmp_path, "text") == expected
+    else:
+        with pytest.raises(ValueError, match=f"{tmp_path}.*{re.escape(expected)}"):
+            load(tmp_path, "text")
 
 
-@pytest.mark.parametrize("count, wrong, meant", [
-    (1, (math.nan, math.inf), "a finite number"), (2, (-1, 2, 0.5, "1", None), "one of 0 to 1")])
-def test_labels_are_cast_to_what_the_loss_needs(count, wrong, meant):
+@pytest.mark.parametrize("count", [1, 2])
+def test_labels_are_cast_to_what_the_loss_needs(count):
     """Classes are integers, numbers floats; any other label is named with place and row."""
-    found = data.cast_labels([1, 1.0, True], count, "here")
-    assert found == [1] * 3 and {*map(type, found)} == {float if count == 1 else int}
-    for label in wrong:
-        message = f"here: the label is {label!r}, not {meant} (row 2)"
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            data.cast_labels([1, label], count, "here")
+    right = [1, 1.0, True, "1", "1.0"]
+    found = data.cast_labels(right, count, "here")
+    assert found == [1] * 5 and {*map(type, found)} == {float if count == 1 else int}
+    meant = "a number" if count == 1 else "one of 0 to 1"
+    for label in (math.nan, math.inf, None, "yes", "", [1], *[-1, 2, 0.5][: 3 * (count > 1)]):
+        message = re.escape(f"here: the label is {label!r}, not {meant} (row 6)")
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            data.cast_labels([*right, label], count, "here")
 
 
 # ---- Pre-trained models ----

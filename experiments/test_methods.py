@@ -15,7 +15,7 @@ from torch import nn
 from elalora import RankSchedule, adapter_state_dict, orthogonality_penalty
 from experiments import benchmark, tables
 from experiments.conftest import (
-    DEBERTA, FAMILY_TASKS, config_of, end_of, make, make_problem, weights_of,
+    DEBERTA, FAMILY_TASKS, array, config_of, end_of, make, make_problem, weights_of,
 )  # fmt: skip
 from experiments.methods import METHODS
 from experiments.problem import trained

@@ -112,7 +112,7 @@ def problem(config: Config, recipe: Recipe) -> Problem:
 
     def loss(model: nn.Module, batch: dict) -> torch.Tensor:
         with autocast(config):
-            return model(**{key: x.to(DEVICE) for key, x in batch.items()}).loss
+            return model(**{key: x.to(DEVICE, non_blocking=True) for key, x in batch.items()}).loss
 
     def measure(images: Sized, prefix: str) -> dict[str, float]:
         found = predictions(images, EVALUATION_BATCH, partial(guesses, model), None, config)
