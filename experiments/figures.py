@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 WIDTH = 9.0  # inches; GitHub shows some 900 pixels, so text of 10 points stays legible
 
 
-def new(columns: int = 1, rows: int = 1, height: float = 4.0, **kwargs
+def new_axes(columns: int = 1, rows: int = 1, height: float = 4.0, **kwargs
         ) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
@@ -26,7 +26,7 @@ def save(figure: Figure, path: Path) -> None:
 def heatmaps(maps: dict[str, pandas.DataFrame], path: Path) -> None:
     """Ranks by matrix and layer, as Figures 2 and 8, side by side on one scale."""
     cells = next(iter(maps.values()))
-    figure, axes = new(len(maps), height=max(2, 0.9 + 0.36 * len(cells)), sharey=True)
+    figure, axes = new_axes(len(maps), height=max(2, 0.9 + 0.36 * len(cells)), sharey=True)
     highest = max(int(cells.max(axis=None)) for cells in maps.values())
     for axis, (name, cells) in zip(axes, maps.items()):
         seaborn.heatmap(cells, annot=True, fmt=".0f", cmap="Blues", vmin=0, vmax=highest,
@@ -37,7 +37,7 @@ def heatmaps(maps: dict[str, pandas.DataFrame], path: Path) -> None:
 
 def distributions(scores: dict[str, pandas.Series], path: Path) -> None:
     """How log10 of the importance scores is distributed (Figure 5), cumulatively."""
-    figure, (axis,) = new()
+    figure, (axis,) = new_axes()
     for name, S in scores.items():
         axis.ecdf(S, label=name)
     axis.set(xlabel="log10 of the importance score (a score of 0 is drawn at -20)",
@@ -49,7 +49,7 @@ def distributions(scores: dict[str, pandas.Series], path: Path) -> None:
 def curve(log: Path, path: Path) -> None:
     """Of a log.csv: the loss, its mean over 2% of the run, the steps that moved ranks; below
     it the learning rate and the gradient norm."""
-    figure, axes = new(1, 3, 6.0, sharex=True, height_ratios=(3, 1, 1))
+    figure, axes = new_axes(1, 3, 6.0, sharex=True, height_ratios=(3, 1, 1))
     steps = pandas.read_csv(log, index_col="step")
     axes[0].plot(steps["loss"], color="0.8", linewidth=0.8)
     axes[0].plot(steps["loss"].rolling(len(steps) // 50 + 1, 1).mean())
@@ -60,4 +60,20 @@ def curve(log: Path, path: Path) -> None:
         axis.set_ylabel(name.replace("_", " "))
     axes[0].set(ylabel="loss", title="marks at the bottom: ranks moved", yscale="log")
     axes[2].set_xlabel("optimizer step")
+    save(figure, path)
+
+
+def lives(new: pandas.DataFrame, path: Path) -> None:
+    """Of ranks that were added, by run: how many are still there after so many adjustments
+    (Kaplan-Meier), and their median score / that of all ranks."""
+    figure, (left, right) = new_axes(2, sharex=True)
+    for run, rows in new.groupby("run", sort=False):
+        by_age = rows.groupby("age")
+        there = (1 - by_age["pruned"].mean()).cumprod()
+        left.plot([0, *there.index], [1, *there], label=run)
+        right.semilogy(by_age["score"].median())
+    right.axhline(1, color="0.7")
+    left.set(ylim=(0, 1.02), ylabel="share still there", xlabel="adjustments since it was added")
+    right.set(ylabel="median score / that of all ranks", xlabel="adjustments since it was added")
+    figure.legend(loc="outside lower center", ncols=2)
     save(figure, path)

@@ -3,6 +3,7 @@
     python -m experiments.report pack runs results/mrpc   # adds all runs in runs/ to a study
     python -m experiments.report results/*.csv            # prints the tables of studies
     python -m experiments.report fill README.md results/README.md
+    python -m experiments.report new-ranks results/mrpc lives.png  # what becomes of added ranks
 
 A study is two files. STUDY.csv has a row a run: what was asked, what it reached, what it took.
 STUDY.jsonl.gz has a line a run: all of its results.json, "predictions" and "folder". contrasts.json
@@ -14,6 +15,7 @@ high, p, detectable.
 """
 
 import gzip
+import itertools
 import json
 import math
 import os
@@ -27,6 +29,7 @@ import numpy as np
 import pandas
 from scipy import optimize, stats
 
+from experiments import figures
 from experiments.tables import FAMILIES, METHODS, Config
 
 TITLES = {name: title for name, (title, _) in METHODS.items()}
@@ -193,6 +196,10 @@ def frame(runs: list[dict]) -> pandas.DataFrame:
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
             seconds=r["seconds"], commit=r.get("commit"), rank_correlation=math.nan,
             pruned=sum(pruned) if r["adjustments"] else math.nan))
+        if has_scores(r):
+            new = new_ranks(r)
+            found[-1]["pruned_next"] = new["pruned"][new["age"] == 1].mean()  # share of what came
+            found[-1]["survived"] = 1 - new["pruned"].sum() / sum(pruned)
     metrics = pandas.DataFrame([r["metrics"] for r in runs])
     ranks = pandas.DataFrame([mean_ranks(r["ranks"]) for r in runs])
     parts = [asked, metrics, pandas.DataFrame(found), ranks.add_prefix("rank of ")]
@@ -208,6 +215,28 @@ def frame(runs: list[dict]) -> pandas.DataFrame:
         pairs = maps.corr("spearman").mask(np.eye(len(alike), dtype=bool))
         rows.loc[alike.index, "rank_correlation"] = pairs.mean()
     return rows
+
+
+# ---- What becomes of ranks that were added ----
+def has_scores(results: dict) -> bool:
+    """Whether ranks moved, and the scores by which they did are there."""
+    return any("scores" in moves for moves in results["adjustments"])
+
+
+def new_ranks(results: dict) -> pandas.DataFrame:
+    """A row for every rank that was added, at every adjustment after that: how many adjustments
+    ago it came, its score / the median score of all ranks, and whether it is pruned now."""
+    rows, came = [], {}  # came: matrix -> the adjustment that added each of its ranks, or None
+    for number, moves in enumerate(results["adjustments"]):
+        median = np.median([*itertools.chain(*moves["scores"].values())])
+        for name, S in moves["scores"].items():
+            pruned, here = moves["pruned"].get(name, []), came.get(name, [None] * len(S))
+            for i, since in enumerate(here):
+                if since is not None:
+                    rows.append((number - since, S[i] / median, i in pruned))
+            kept = [since for i, since in enumerate(here) if i not in pruned]
+            came[name] = kept + [number] * moves["expanded"].get(name, 0)
+    return pandas.DataFrame(rows, columns=["age", "score", "pruned"])
 
 
 # ---- Differences ----
@@ -385,6 +414,10 @@ def main(argv: list[str]) -> None:
             for path in map(Path, texts):
                 filled = fill(path.read_text())
                 write(path, lambda temporary: temporary.write_text(filled))
+        case ["new-ranks", study, picture]:
+            runs = [r for r in read_study(Path(study)) if has_scores(r)]
+            new = pandas.concat([*map(new_ranks, runs)], keys=titles(runs), names=["run"])
+            figures.lives(new, Path(picture))
         case [_, *_]:
             for path in map(Path, argv):
                 print(f"# {path.stem}\n\n{tables(path.with_suffix(''), pandas.read_csv(path))}\n")

@@ -220,6 +220,34 @@ def test_the_tables_of_a_page_are_what_numpy_makes_of_the_runs(runs, tmp_path):
     assert differences["ElaLoRA − AdaLoRA"]["train_loss"].endswith("(not tested)")
 
 
+def test_new_ranks_are_followed_until_they_are_pruned(tmp_path):
+    """Their ages, scores and ends are those of a record that knows every rank by itself."""
+    random, matrices, moves, expected = np.random.default_rng(0), {"a": 3, "b": 4}, [], []
+    there = {name: [(None, random.random()) for _ in range(n)] for name, n in matrices.items()}
+    for number in range(12):
+        scores = {name: [score for _, score in ranks] for name, ranks in there.items()}
+        every = sorted(sum(scores.values(), []))
+        pruned = {name: [int(i) for i in random.permutation(len(ranks))[:2]]
+                  for name, ranks in there.items() if random.random() < 0.8}
+        grown = {name: len(lost) for name, lost in zip("ba", pruned.values())}
+        for name, ranks in there.items():
+            for i, (since, score) in enumerate(ranks):
+                if since is not None:
+                    expected.append((number - since, score / every[3], i in pruned.get(name, [])))
+            left = [x for i, x in enumerate(ranks) if i not in pruned.get(name, [])]
+            there[name] = left + [(number, random.random()) for _ in range(grown.get(name, 0))]
+        moves.append(dict(scores=scores, pruned=pruned, expanded=grown))
+    new = report.new_ranks(dict(adjustments=moves))
+    assert [*new.itertuples(index=False, name=None)] == expected and new["pruned"].any()
+    run = write_run(tmp_path, arguments("elalora"), random) | dict(adjustments=moves)
+    row = report.frame([run]).iloc[0]
+    came = sum(sum(x["expanded"].values()) for x in moves)
+    still = sum(since is not None for ranks in there.values() for since, _ in ranks)
+    assert row["survived"] == pytest.approx(still / came)
+    first = [lost for age, _, lost in expected if age == 1]
+    assert row["pruned_next"] == np.mean(first)
+
+
 def test_a_page_has_tasks_and_methods_beside_the_paper(tmp_path):
     """Percentages with their deviations, averages of the seeds that did all tasks, the paper's
     numbers and their mean; in the heading, what all runs share; at the end, what was not run. A row is of one setting."""
