@@ -497,7 +497,7 @@ def test_a_step_of_adam_moves_every_weight_by_its_rate(rate):
     model = adapted_net()
     lengths = {w: 1e-3 for w in trainable(model)}
     for layer in adapted_layers(model).values():
-        lengths[layer.Lambda] = 1e-3 * (rate or (len(layer.P) / 32) ** 0.5)
+        lengths[layer.Lambda] = 1e-3 * (rate or max(1, len(layer.P) / 32) ** 0.5)
     groups = parameter_groups(model, 1e-3, rate)
     assert len(groups) == (1 if rate == 1 else len({*lengths.values()}))
     optimizer = torch.optim.Adam(groups, eps=1e-30)

@@ -25,7 +25,7 @@ NOISE = (  # warnings that PEFT causes, by how they begin
 
 class Method:
     """What the loop calls. Raises ValueError if the schedule or the ranks do not fit."""
-    fast: str  # how the names of parameters end that learn at lambda_rate times the rate
+    fast: str  # the end of the names of parameters whose learning rate is times lambda_rate
     has_singular_values = False
     moves_ranks = True  # False: b = 0
 
@@ -37,7 +37,7 @@ class Method:
         self.schedule = elalora.RankSchedule(
             total, recipe.warmup, recipe.stabilize, recipe.interval, b, recipe.shape)
         self.adapt(ranks or dict.fromkeys(problem.targets, config.rank))
-        rates = {1: [], recipe.lambda_rate: []}  # learning rate / the recipe's -> parameters
+        rates = {1: [], recipe.lambda_rate: []}  # learning rate / the recipe's: one key if it is 1
         for name, w in trained(problem.model).items():
             rates[recipe.lambda_rate if name.endswith(self.fast) else 1].append(w)
         groups = [dict(params=ws, lr=rate * recipe.learning_rate) for rate, ws in rates.items()]

@@ -345,7 +345,8 @@ def papers_table(family: str, rows: pandas.DataFrame) -> str:
     cells = by_seed.groupby(keys).agg(mean_std)
     parameters = rows.groupby(keys)["adapter_parameters"].mean() / 1e6
     cells.insert(0, first, parameters.map("{:.2f}".format))
-    paper = pandas.DataFrame(results, [first, *columns]).reindex([first, *done])
+    paper = {row: dict(zip([first, *columns], numbers)) for row, numbers in results.items()}
+    paper = pandas.DataFrame(paper).reindex([first, *done])  # nan for tasks beyond the paper's
     paper.loc["average"] = paper.loc[done].mean()
     run = {(method, rank) for rank, method, _ in cells.index}
     missing = [name for name in columns if name not in done]

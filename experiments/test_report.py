@@ -248,21 +248,23 @@ def test_new_ranks_are_followed_until_they_are_pruned(tmp_path):
     assert row["pruned_next"] == np.mean(first)
 
 
-def test_a_page_has_tasks_and_methods_beside_the_paper(tmp_path):
+def test_a_page_has_tasks_and_methods_beside_the_paper(tmp_path, monkeypatch):
     """Percentages with their deviations, averages of the seeds that did all tasks, the paper's
-    numbers and their mean; in the heading, what all runs share; at the end, what was not run. A row is of one setting."""
+    numbers and their mean; in the heading, what all runs share; at the end, what was not run. A
+    row is of one setting. A task beyond the paper's has a column, too."""
     folder, random, accuracy = tmp_path / "runs", np.random.default_rng(0), {}
     for task, method, seed in itertools.product(("rte", "mrpc"), ("elalora", "lora"), range(3)):
         if (task, method, seed) != ("rte", "lora", 2):
             r = write_run(folder, arguments(method, 2, seed, model="m") | dict(task=task), random)
             accuracy.setdefault((method, task), []).append(100 * r["metrics"]["accuracy"])
     write_run(folder, arguments("svd", 10, model="m"), random)
+    monkeypatch.setitem(report.FAMILIES["glue"].columns, "new", ("new", "accuracy"))
     text = report.compare(folder, "glue")
     assert f"\n# glue, model m\n\n{text}\n" in (folder / "glue.md").read_text()
     *rows, _, missing = text.splitlines()
-    assert missing == "Not run: mnli, sst2, cola, qqp, qnli, stsb, AdaLoRA at rank 2, " + ", ".join(
-        f"{name} at rank {rank}" for rank in (4, 10) for name in ("LoRA", "AdaLoRA", "ElaLoRA")
-        ) + "."
+    others = [f"{name} at rank {rank}" for rank in (4, 10) for name in ("LoRA", "AdaLoRA", "ElaLoRA")]
+    assert missing == "Not run: " + ", ".join([
+        "mnli, sst2, cola, qqp, qnli, stsb, new, AdaLoRA at rank 2", *others]) + "."
     header, _, ours, paper, lora, papers_lora, svd = (
         re.split(r"\s*\|\s*", line)[1:-1] for line in rows)
     assert header == ["rank", "run", "parameters, M", "rte", "mrpc", "average"]

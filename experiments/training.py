@@ -40,7 +40,8 @@ def rounded(values: Iterable, digits: int) -> list:
 
 def train_step(problem: Problem, batch: object, method: Method
                ) -> tuple[Tensor, Tensor, elalora.Adjustment | None]:
-    """One iteration of Algorithm 1's loop. Returns its loss and gradient norm, scalars, too."""
+    """One iteration of Algorithm 1's loop. Returns its loss and its gradient norm, scalars, and
+    its adjustment."""
     weights = [w for group in method.optimizer.param_groups for w in group["params"]]
     loss = problem.loss(problem.model, batch)
     loss.backward()
@@ -105,7 +106,7 @@ def train(problem: Problem, method: Method, config: Config, checkpoint: Path,
             report_row(row)
 
         for epoch in range(len(log["history"]) + 1, method.recipe.epochs + 1):
-            if log["history"]:  # only now: the checkpoint is safe if the evaluation is killed
+            if log["history"]:  # of the epoch before, now that its checkpoint is safe
                 evaluate(problem, method, log)
             torch.manual_seed(seed_of(config, epoch) * shared.PROCESSES + shared.PROCESS)  # dropout
             train_loss = train_epoch(problem, method, epoch, log, write_row, bar)

@@ -1,9 +1,10 @@
 """For a lecture: three 16 x 16 matrices with planted ranks 0, 2 and 7, and every move of a rank.
 
-    python toy.py    # ten seconds; needs matplotlib, writes toy.png
+    python toy.py    # beside elalora.py; needs matplotlib, writes toy.png within a minute
 
 Each matrix begins at rank 3. b = k = 1: an adjustment takes a rank from one matrix, the one whose
-lowest score is the lowest, and gives it to the one whose lowest score is the highest.
+lowest score is the lowest among those above rank 1, and gives it to the one whose lowest score is
+the highest.
 """
 
 import torch
