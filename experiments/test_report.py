@@ -262,7 +262,8 @@ def test_a_page_has_tasks_and_methods_beside_the_paper(tmp_path, monkeypatch):
     text = report.compare(folder, "glue")
     assert f"\n# glue, model m\n\n{text}\n" in (folder / "glue.md").read_text()
     *rows, _, missing = text.splitlines()
-    others = [f"{name} at rank {rank}" for rank in (4, 10) for name in ("LoRA", "AdaLoRA", "ElaLoRA")]
+    names = ("LoRA", "AdaLoRA", "ElaLoRA")
+    others = [f"{name} at rank {rank}" for rank in (4, 10) for name in names]
     assert missing == "Not run: " + ", ".join([
         "mnli, sst2, cola, qqp, qnli, stsb, new, AdaLoRA at rank 2", *others]) + "."
     header, _, ours, paper, lora, papers_lora, svd = (
