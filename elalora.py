@@ -61,9 +61,10 @@ class SVDLinear(nn.Module):
     """A frozen linear layer and its low-rank update, y = W0 x + bias + scaling P (Lambda * (Q x)).
 
     Ours: P and Q start orthonormal, so R(P, Q) = 0. Lambda starts at 0, and so does the update.
-    scaling is alpha / rank, or after inject() alpha / mean rank. It stays the same when ranks
-    move. Dropout acts on x before Q. Raises ValueError if base_layer is not a linear layer, if rank
-    is not an integer in 1..min(d_out, d_in), or if alpha or dropout is out of range.
+    scaling is alpha / rank, or after inject() alpha / mean rank. It stays the same when ranks move.
+    Dropout acts on x before Q. weight (W0 and its update) and bias can be read, as those of a
+    linear layer; they are defined below. Raises ValueError if base_layer is not a linear layer, if
+    rank is not an integer in 1..min(d_out, d_in), or if alpha or dropout is out of range.
     """
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float = 16.0, dropout: float = 0.0,
                  generator: torch.Generator | None = None):
