@@ -29,7 +29,8 @@ Q and its regularizer are AdaLoRA's (arXiv:2303.10512), the scores are PLATON's 
 
 Name here       In the paper    Shape or type       Meaning
 base_layer      W^(0)           (d_out, d_in)       frozen nn.Linear; d1 and d2 in the paper
-P, Q            P, Q            (d_out, r), (r, d_in)   left and right singular vectors
+P               P               (d_out, r)          left singular vectors
+Q               Q               (r, d_in)           right singular vectors
 Lambda          Lambda          (r,)                singular values, the diagonal of Lambda
 I_bar, U_bar    I-bar, U-bar    as P, Lambda or Q   sensitivity and uncertainty per weight, eq. 3
 importance      S_i             (r,)                score of every rank, eq. 2
@@ -466,7 +467,11 @@ def merge(model: nn.Module) -> nn.Module:
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all that training changes: the factors and their scaling, whatever else is trained,
     and the running statistics of batch norms. Names are those of the model inside its wrappers."""
-    inner = _unwrapped(model)
+    return {key: x.clone() for key, x in _changed_by_training(_unwrapped(model)).items()}
+
+
+def _changed_by_training(inner: nn.Module) -> dict[str, Tensor]:
+    """What adapter_state_dict() copies."""
     changed = [f"{name}.{part}" for name in _adapted(inner) for part in (*RANK_DIM, "scaling")]
     changed += [name for name, w in inner.named_parameters(remove_duplicate=False)
                 if w.requires_grad]
@@ -477,7 +482,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
             changed.append(name)  # with its buffers
     changed = {_plain_name(name) for name in changed}
     state = {_plain_name(key): x for key, x in inner.state_dict().items()}
-    state = {key: x.clone() for key, x in state.items() if _is_in(key, changed)}
+    state = {key: x for key, x in state.items() if _is_in(key, changed)}
     _check_whole(state.values())
     return state
 
@@ -489,10 +494,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     model as it was, if a tensor is missing, unknown or has a wrong shape.
     """
     inner = _unwrapped(model)
-    known = {_plain_name(key) for key in inner.state_dict()}
-    wrong = (adapter_state_dict(inner).keys() - state.keys()) | (state.keys() - known)
+    own = inner.state_dict()
+    known = {_plain_name(key) for key in own}
+    wrong = (_changed_by_training(inner).keys() - state.keys()) | (state.keys() - known)
     _require(not wrong, f"missing in the state, or unknown to the model: {sorted(wrong)[:8]}")
-    before = {key: x.clone() for key, x in inner.state_dict().items() if _plain_name(key) in state}
+    before = {key: x.clone() for key, x in own.items() if _plain_name(key) in state}
     try:
         inner.load_state_dict({key: state[_plain_name(key)] for key in before}, strict=False)
     except RuntimeError as error:
@@ -527,7 +533,7 @@ def export_peft(model: nn.Module, directory: str | Path, base_model_name: str) -
     layers = {_plain_name(name): layer for name, layer in _adapted(inner).items()}
     modules = {_plain_name(name): module
                for name, module in inner.named_modules(remove_duplicate=False)}
-    owners = {key.rpartition(".")[0] for key in adapter_state_dict(inner)} - layers.keys()
+    owners = {key.rpartition(".")[0] for key in _changed_by_training(inner)} - layers.keys()
     saved = sorted(name for name in owners if not _is_in(name, owners - {name}))
     whole = [name for name in modules if name.endswith(tuple(saved))]  # as PEFT matches names
     _check_names(layers, modules, whole)

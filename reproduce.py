@@ -8,13 +8,13 @@
                                                # Table 2; go on with --resume
     torchrun --nproc-per-node 2 reproduce.py --task mrpc   # the same batches, shared by two GPUs
 
-A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's
-answer to every example, and its loss), log.csv (every step) and loss.png, ranks.png, peft/ (for
+A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's answer
+to every example, and its loss), log.csv (every step) and loss.png, ranks.png, peft/ (for
 PeftModel), scores.png (LoRA has none), for elalora and svd adapter.safetensors; and checkpoint.pt
-after every epoch, for --resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with the
-paper's. Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning rate
-rises for 10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there is no
-weight decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
+after every epoch, for --resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with
+the paper's. Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning
+rate rises for 10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there is
+no weight decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
 """
 
 import argparse
@@ -266,14 +266,15 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Config, Recipe]]) -> None
     known = [earlier(config, args) for config, _ in runs]
     if args.dry_run:
         return dry_run(args, [run for run, results in zip(runs, known) if not results])
+    table = None
     for (config, recipe), results in zip(runs, known):
         lines = report.describe(results or run(config, recipe, args))
         done = "finished before" if results else "written"
         print(*lines, f"  {done}: {folder_of(config, args.output_dir)}", sep="\n", flush=True)
         if shared.PROCESS == 0 and not results:  # the next run may be interrupted
-            report.compare(args.output_dir, args.family)
+            table = report.compare(args.output_dir, args.family)
     if shared.PROCESS == 0:
-        table = report.compare(args.output_dir, args.family)
+        table = table or report.compare(args.output_dir, args.family)  # if all were finished
         if FAMILIES[args.family].results or len(runs) > 1:
             print(f"{table}\n\nwritten: {args.output_dir / args.family}.md")
 

@@ -11,7 +11,7 @@ WIDTH = 9.0  # inches; GitHub shows some 900 pixels, so text of 10 points stays 
 
 
 def new_axes(columns: int = 1, rows: int = 1, height: float = 4.0, **kwargs
-        ) -> tuple[Figure, list[Axes]]:
+             ) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     for axis in axes.flat:

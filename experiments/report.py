@@ -192,14 +192,15 @@ def frame(runs: list[dict]) -> pandas.DataFrame:
     found = []
     for r in runs:
         pruned = [len(x) for moves in r["adjustments"] for x in moves["pruned"].values()]
-        found.append(dict(
+        row = dict(
             train_loss=r["history"][-1]["train_loss"], adapter_parameters=r["adapter_parameters"],
             seconds=r["seconds"], commit=r.get("commit"), rank_correlation=math.nan,
-            pruned=sum(pruned) if r["adjustments"] else math.nan))
+            pruned=sum(pruned) if r["adjustments"] else math.nan)
         if has_scores(r):
             new = new_ranks(r)
-            found[-1]["pruned_next"] = new["pruned"][new["age"] == 1].mean()  # share of what came
-            found[-1]["survived"] = 1 - new["pruned"].sum() / sum(pruned)
+            row["pruned_next"] = new["pruned"][new["age"] == 1].mean()  # share of what came
+            row["survived"] = 1 - new["pruned"].sum() / sum(pruned)
+        found.append(row)
     metrics = pandas.DataFrame([r["metrics"] for r in runs])
     ranks = pandas.DataFrame([mean_ranks(r["ranks"]) for r in runs])
     parts = [asked, metrics, pandas.DataFrame(found), ranks.add_prefix("rank of ")]

@@ -101,7 +101,8 @@ def train(problem: Problem, method: Method, config: Config, checkpoint: Path,
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([COLUMNS, *log["steps"]])
 
-        def write_row(row: list) -> None:
+        def log_step(row: list) -> None:
+            log["steps"].append(row)
             writer.writerow(row)
             report_row(row)
 
@@ -109,7 +110,7 @@ def train(problem: Problem, method: Method, config: Config, checkpoint: Path,
             if log["history"]:  # of the epoch before, now that its checkpoint is safe
                 evaluate(problem, method, log)
             torch.manual_seed(seed_of(config, epoch) * shared.PROCESSES + shared.PROCESS)  # dropout
-            train_loss = train_epoch(problem, method, epoch, log, write_row, bar)
+            train_loss = train_epoch(problem, method, epoch, log, log_step, bar)
             check_alike(problem.model)
             log["history"].append(dict(epoch=epoch, train_loss=train_loss))
             log["seconds"] = time.time() - started
@@ -120,7 +121,7 @@ def train(problem: Problem, method: Method, config: Config, checkpoint: Path,
 
 
 def train_epoch(problem: Problem, method: Method, epoch: int, log: dict,
-                write_row: Callable[[list], None], bar: tqdm.tqdm) -> float:
+                log_step: Callable[[list], None], bar: tqdm.tqdm) -> float:
     """Trains on all batches of an epoch, adds to the log; returns the mean of the losses."""
     problem.model.train()
     losses, schedule = [], method.schedule
@@ -131,8 +132,7 @@ def train_epoch(problem: Problem, method: Method, epoch: int, log: dict,
         losses.append(loss.item())
         moved = sum(map(len, adjustment.pruned.values())) if adjustment else 0
         total += moved
-        log["steps"].append([method.t, *rounded((losses[-1], rate, norm.item()), 6), moved])
-        write_row(log["steps"][-1])
+        log_step([method.t, *rounded((losses[-1], rate, norm.item()), 6), moved])
         if not math.isfinite(losses[-1]):
             raise ValueError(f"loss {losses[-1]} at step {method.t}: try float32 or another seed")
         if adjustment:
