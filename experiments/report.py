@@ -33,7 +33,7 @@ from experiments import figures
 from experiments.tables import FAMILIES, METHODS, Config
 
 TITLES = {name: title for name, (title, _) in METHODS.items()}
-TITLES |= dict(eva="EVA", final="ElaLoRA's final ranks", shuffled="shuffled ranks")  # in results/
+TITLES |= dict(final="ElaLoRA's final ranks", shuffled="shuffled ranks")  # in results/
 ASKED = asdict(Config(None, None, None, None))  # the defaults of what older runs do not name
 RESULTS = Path(__file__).parent.parent / "results"
 LEGEND = """The heading says what all runs share. The first table is in percent. Mean ± standard
