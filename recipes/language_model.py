@@ -12,7 +12,7 @@ import torch
 import transformers
 import trl
 
-from elalora import export_peft, inject
+from elalora import export_peft, inject, parameter_groups
 from trainer import MoveRanks
 
 MODEL = "google/gemma-3-270m"  # on the hub, or a folder
@@ -33,10 +33,11 @@ def load_base() -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 
 
-def make_trainer(model: torch.nn.Module) -> trl.SFTTrainer:
+def make_trainer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
+                 ) -> trl.SFTTrainer:
     gpu = torch.cuda.is_available()
     settings = trl.SFTConfig(
-        OUTPUT, max_steps=STEPS, learning_rate=LEARNING_RATE, save_steps=STEPS // 2,
+        OUTPUT, max_steps=STEPS, save_steps=STEPS // 2,
         per_device_train_batch_size=BATCH_SIZE, per_device_eval_batch_size=BATCH_SIZE,
         logging_steps=10, report_to=[], bf16=gpu, use_cpu=not gpu, gradient_checkpointing=gpu)
     rows = datasets.load_dataset(DATA)
@@ -45,13 +46,16 @@ def make_trainer(model: torch.nn.Module) -> trl.SFTTrainer:
     rows = rows.map(pair, remove_columns=rows["train"].column_names)
     return trl.SFTTrainer(
         model, settings, train_dataset=rows["train"], eval_dataset=rows["validation"],
+        optimizers=(optimizer, None),
         processing_class=transformers.AutoTokenizer.from_pretrained(MODEL))
 
 
 def main() -> None:
     for checkpoint in (None, f"{OUTPUT}/checkpoint-{STEPS // 2}"):  # whole, then resumed
         torch.manual_seed(0)
-        trainer = make_trainer(inject(load_base(), MATRICES, RANK))
+        model = inject(load_base(), MATRICES, RANK)
+        groups = parameter_groups(model, LEARNING_RATE)  # Lambda learns faster
+        trainer = make_trainer(model, torch.optim.AdamW(groups, weight_decay=0.0))
         moves = MoveRanks(trainer)
         trainer.add_callback(moves)
         print(f"held-out loss before: {trainer.evaluate()['eval_loss']:.6f}")
