@@ -11,6 +11,7 @@ weakest ranks have the highest scores. So the sum of all ranks never changes.
     inject(model, target_modules=["query", "value"], rank=2, modules_to_save=["head"])
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=5e-4, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=1740)
     schedule = RankSchedule(
         total_steps=1740, warmup_steps=300, stabilize_steps=400, adjust_interval=50, b=2)
     allocator = RankAllocator(model, optimizer, schedule, k=1)
@@ -19,6 +20,7 @@ weakest ranks have the highest scores. So the sum of all ranks never changes.
         loss.backward()
         optimizer.step()
         allocator.step()  # after optimizer.step(), before zero_grad()
+        scheduler.step()
         optimizer.zero_grad()
     merge(model)  # plain nn.Linear layers again
 
@@ -227,9 +229,8 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
     ValueError, before any change, if keep is empty or not distinct, or if there is no room.
     """
     _check_resize(layer, keep, n_new)
-    kept_P = _take(layer.P, keep, RANK_DIM["P"])  # (d_out, kept)
-    kept_Q = _take(layer.Q, keep, RANK_DIM["Q"])  # (kept, d_in)
-    new_P, new_Q = new_directions(kept_P, kept_Q, n_new, generator)
+    kept = {factor: _take(getattr(layer, factor), keep, dim) for factor, dim in RANK_DIM.items()}
+    new_P, new_Q = new_directions(kept["P"], kept["Q"], n_new, generator)
     new = {"P": new_P, "Lambda": layer.Lambda.new_zeros(n_new), "Q": new_Q}
     for factor, dim in RANK_DIM.items():
         w = getattr(layer, factor)
@@ -238,8 +239,8 @@ def resize(layer: SVDLinear, keep: Sequence[int], n_new: int, generator: torch.G
             zeros = torch.zeros_like(new[factor], dtype=state[key].dtype)
             state[key] = torch.cat([_take(state[key], keep, dim), zeros], dim)
         w.grad = None  # of the old shape
-        # Not w.data = ...: the next backward() then fails if an earlier graph is still alive.
-        w.set_(torch.cat([_take(w, keep, dim), new[factor]], dim))
+        # w.data = ... would make the next backward() fail while an earlier graph is alive.
+        w.set_(torch.cat([kept[factor], new[factor]], dim))
 
 
 # ---- Section 3.4: dynamic rank scheduler ----
@@ -410,9 +411,9 @@ def parameter_groups(model: nn.Module, lr: float, lambda_rate: float | None = No
     Lambda and of lr for the rest.
 
     Ours: Lambda starts at 0, and with one rate it is slow in wide matrices. By default lambda_rate
-    is (d_out / 32)^0.5 of each matrix, but at least 1. In trials the best rate was 1 to 2 at a
-    width of 64, and 3 at 384. The paper has one rate: lambda_rate = 1. Raises ValueError if
-    lambda_rate is not positive.
+    is (d_out / 32)^0.5 of each matrix, but at least 1: a rule for short runs. There the best was 1
+    to 2 at a width of 64, and 3 to 10 at 384; in a longer run it was 1. The paper has one rate:
+    lambda_rate = 1. Raises ValueError if lambda_rate is not positive.
     """
     _require(lambda_rate is None or 0 < lambda_rate < math.inf,
              f"lambda_rate must be a positive number, got {lambda_rate!r}")
@@ -674,7 +675,8 @@ def _update_states(allocator: RankAllocator) -> None:
     finite = nn.utils.get_total_norm(gradients, math.inf).isfinite()  # ()
     by_device = defaultdict(list)
     for w in _factors(allocator).values():
-        # Adam initializes a state that is empty. A GradScaler may put that off; SGD never does it.
+        # Adam initializes its state only while that is empty, and a GradScaler may put the first
+        # update off. So the averages wait for it, but not for SGD, whose state can stay empty.
         has_started = optimizer.state.get(w) or "dampening" in optimizer.param_groups[0]
         if w.grad is not None and has_started:
             by_device[w.device].append(w)

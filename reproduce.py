@@ -8,13 +8,17 @@
                                                # Table 2; go on with --resume
     torchrun --nproc-per-node 2 reproduce.py --task mrpc   # the same batches, shared by two GPUs
 
-A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/: results.json, predictions.json (the model's answer
-to every example, and its loss), log.csv (every step) and loss.png, ranks.png, peft/ (for
-PeftModel), scores.png (LoRA has none), for elalora and svd adapter.safetensors; and checkpoint.pt
-after every epoch, for --resume. OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with
-the paper's. Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning
-rate rises for 10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there is
-no weight decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
+A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/:
+    results.json, predictions.json   what was measured; the answer to every example, and its loss
+    log.csv, loss.png                every step
+    ranks.png, scores.png            the last ranks, the scores by which they moved (not of LoRA)
+    peft/, adapter.safetensors       the adapter, for PeftModel and for elalora.py
+    checkpoint.pt                    after every epoch, for --resume
+OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with the paper's.
+
+Tables and sections are those of arXiv:2504.00254. Where it is silent, the learning rate rises for
+10% of the run and falls linearly to 0, gradients are clipped to norm 1, and there is no weight
+decay. Phases keep their shares of the paper's run if the run has more or fewer steps.
 """
 
 import argparse

@@ -107,7 +107,7 @@ def train(problem: Problem, method: Method, config: Config, checkpoint: Path,
             report_row(row)
 
         for epoch in range(len(log["history"]) + 1, method.recipe.epochs + 1):
-            if log["history"]:  # of the epoch before, now that its checkpoint is safe
+            if log["history"]:  # the epoch before: its checkpoint is written, or was loaded
                 evaluate(problem, method, log)
             torch.manual_seed(seed_of(config, epoch) * shared.PROCESSES + shared.PROCESS)  # dropout
             train_loss = train_epoch(problem, method, epoch, log, log_step, bar)
