@@ -11,7 +11,8 @@
 A run writes OUTPUT_DIR/TASK-METHOD-rRANK-sSEED/:
     results.json, predictions.json   what was measured; the answer to every example, and its loss
     log.csv, loss.png                every step
-    ranks.png, scores.png            the last ranks, the scores by which they moved (not of LoRA)
+    ranks.png, ranks-over-time.png   the last ranks of every matrix; mean ranks, if they moved
+    scores.png                       the scores by which ranks move (not of LoRA)
     peft/, adapter.safetensors       the adapter, for PeftModel and for elalora.py
     checkpoint.pt                    after every epoch, for --resume
 OUTPUT_DIR/FAMILY.md compares all runs of a family of tasks with the paper's.
@@ -196,6 +197,8 @@ def write_folder(folder: Path, problem: Problem, results: dict) -> None:
     maps = {f"ranks {name}, total {sum(found.values())}": report.grid(found)
             for name, found in ranks.items() if found}
     figures.heatmaps(maps, folder / "ranks.png")
+    if results["adjustments"]:
+        figures.over_time(report.ranks_over_time(results), folder / "ranks-over-time.png")
     scores = {f"after step {step}": report.log_scores(S)
               for step, S in results["scores"].items() if S}  # LoRA has none
     if scores:

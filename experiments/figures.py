@@ -35,6 +35,16 @@ def heatmaps(maps: dict[str, pandas.DataFrame], path: Path) -> None:
     save(figure, path)
 
 
+def over_time(ranks: pandas.DataFrame, path: Path) -> None:
+    """Mean ranks by kind of matrix (columns) until each adjustment and the end (steps)."""
+    figure, (axis,) = new_axes()
+    ranks = ranks.reindex([0, *ranks.index], method="bfill")
+    axis.step(ranks.index, ranks, where="pre", label=ranks.columns)
+    axis.set(xlabel="optimizer step", ylabel="mean rank over the layers")
+    figure.legend(loc="outside right upper")
+    save(figure, path)
+
+
 def distributions(scores: dict[str, pandas.Series], path: Path) -> None:
     """How log10 of the importance scores is distributed (Figure 5), cumulatively."""
     figure, (axis,) = new_axes()

@@ -121,6 +121,14 @@ def mean_ranks(ranks: dict[str, int]) -> dict[str, float]:
     return grid(ranks).mean(axis="columns").to_dict() if ranks else {}
 
 
+def ranks_over_time(results: dict) -> pandas.DataFrame:
+    """Mean ranks by kind of matrix (columns) until each adjustment and the end (steps)."""
+    maps = {moves["step"]: {name: len(S) for name, S in moves["scores"].items()}
+            for moves in results["adjustments"]}
+    maps[results["total_steps"]] = results["ranks"]
+    return pandas.DataFrame({step: mean_ranks(ranks) for step, ranks in maps.items()}).T
+
+
 def log_scores(S: list[float]) -> pandas.Series:
     """log10, of 0 -20."""
     return np.log10(pandas.Series(S, dtype=float).clip(lower=1e-20))

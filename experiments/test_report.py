@@ -70,6 +70,22 @@ def test_a_run_is_described_beside_what_it_is_compared_with():
     assert report.describe(alone)[2].split()[0] == "found" and len(report.describe(alone)) == 3
 
 
+def test_ranks_over_time_are_what_the_moves_make_of_the_first_ones():
+    """From a record of losses and gains by matrix."""
+    random = np.random.default_rng(0)
+    names = [f"layer.{i}.{kind}" for i in range(3) for kind in ("query", "key")]
+    ranks, moves, expected = dict.fromkeys(names, 4), [], {}
+    for step in (30, 40, 70):
+        expected[step] = [np.mean([ranks[name] for name in names[i::2]]) for i in range(2)]
+        loses, grows = random.choice(names, 2, replace=False)
+        moves.append(dict(step=step, pruned={loses: [0]}, expanded={grows: 1},
+                          scores={name: [0.5] * rank for name, rank in ranks.items()}))
+        ranks = ranks | {loses: ranks[loses] - 1, grows: ranks[grows] + 1}
+    expected[90] = [np.mean([ranks[name] for name in names[i::2]]) for i in range(2)]
+    found = report.ranks_over_time(dict(adjustments=moves, ranks=ranks, total_steps=90))
+    assert found.T.to_dict("list") == expected and [*found] == ["query", "key"]
+
+
 def test_a_score_of_0_is_drawn_at_minus_20():
     assert report.log_scores([0.0, 1e-3, 10]).tolist() == pytest.approx([-20, -3, 1])
 

@@ -86,8 +86,8 @@ def test_a_run_writes_all_that_it_promises(task, world, capsys):
     config = config_of(world, task, epochs=2)
     reproduce.main(arguments_of(config))
     folder = reproduce.folder_of(config, "runs")
-    names = {"results.json", "ranks.png", "scores.png", "adapter.safetensors", "peft", "log.csv",
-             "loss.png", *["predictions.json"] * (task != "planted")}  # fmt: skip
+    names = {"results.json", "ranks.png", "ranks-over-time.png", "scores.png", "peft", "log.csv",
+             "adapter.safetensors", "loss.png", *["predictions.json"] * (task != "planted")}
     assert {path.name for path in folder.iterdir()} == names
     assert all((folder / name).read_bytes()[1:4] == b"PNG" for name in names if ".png" in name)
     results = results_of(folder)
