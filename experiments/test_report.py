@@ -75,13 +75,17 @@ def test_ranks_over_time_are_what_the_moves_make_of_the_first_ones():
     random = np.random.default_rng(0)
     names = [f"layer.{i}.{kind}" for i in range(3) for kind in ("query", "key")]
     ranks, moves, expected = dict.fromkeys(names, 4), [], {}
+
+    def means():
+        return [np.mean([ranks[name] for name in kind]) for kind in (names[::2], names[1::2])]
+
     for step in (30, 40, 70):
-        expected[step] = [np.mean([ranks[name] for name in names[i::2]]) for i in range(2)]
+        expected[step] = means()
         loses, grows = random.choice(names, 2, replace=False)
         moves.append(dict(step=step, pruned={loses: [0]}, expanded={grows: 1},
                           scores={name: [0.5] * rank for name, rank in ranks.items()}))
         ranks = ranks | {loses: ranks[loses] - 1, grows: ranks[grows] + 1}
-    expected[90] = [np.mean([ranks[name] for name in names[i::2]]) for i in range(2)]
+    expected[90] = means()
     found = report.ranks_over_time(dict(adjustments=moves, ranks=ranks, total_steps=90))
     assert found.T.to_dict("list") == expected and [*found] == ["query", "key"]
 
