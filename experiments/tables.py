@@ -37,7 +37,7 @@ class Config:
 class Recipe:
     """A row of Table 7, 8 or 10 at one rank, then what these tables leave open.
 
-    Raises ValueError for a value that is out of range, unless what it is for checks it.
+    Raises ValueError for a value that is out of range; some are checked only where they are used.
     """
     batch_size: int
     learning_rate: float
@@ -155,8 +155,9 @@ def settings_of(words: Sequence[str]) -> dict[str, int | float | str]:
 
 
 def papers_run(config: Config) -> tuple[Recipe, int]:
-    """The table's row with b and k of the nearest rank, of two as near of the lower; and how many
-    steps the paper's run has."""
+    """The table's row with b and k of the nearest rank, and how many steps the paper's run has.
+
+    If two ranks are equally near, the lower is taken."""
     task = FAMILIES[FAMILY_OF[config.task]].tasks[config.task]
     nearest = min(task.moves, key=lambda rank: abs(rank - config.rank))
     recipe = Recipe(*task.row, *task.moves[nearest])
