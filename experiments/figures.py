@@ -83,6 +83,7 @@ def lives(new: pandas.DataFrame, path: Path) -> None:
         left.plot([0, *there.index], [1, *there], label=run)
         right.semilogy(by_age["score"].median())
     right.axhline(1, color="0.7")
+    left.locator_params("x", integer=True)  # of both, which share it
     left.set(ylim=(0, 1.02), ylabel="share still there", xlabel="adjustments since it was added")
     right.set(ylabel="median score / that of all ranks", xlabel="adjustments since it was added")
     figure.legend(loc="outside lower center", ncols=2)
