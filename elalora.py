@@ -333,7 +333,7 @@ class RankAllocator:
         b = self.schedule.budget(t)
         if b == 0:
             return None
-        scores = _scores_on_host(self)  # S_i if no factor is frozen; waits for the device
+        scores = _scores_on_host(self)  # S_i if no factor is frozen; the only wait for the device
         max_ranks = {name: self.layers[name].max_rank for name in scores}
         pruned, expanded = select(scores, max_ranks, self.k, b, self.min_rank)
         for name, layer in self.layers.items():
